@@ -1,0 +1,101 @@
+"""Argument checks and dtype policy that the operators share. Everything here raises before any kernel starts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+INTEGERS = (torch.int64, torch.int32, torch.uint8)
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def describe(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} of shape {'×'.join(map(str, value.shape)) or '()'}"
+    return repr(value) if isinstance(value, (int, float, str, bool, type(None))) else f"{type(value).__name__} {value!r}"
+
+
+def tensor(op: str, name: str, value: object, shape: str, *, kind: str = "floating", spatial: int = 0) -> None:
+    """Checks that `value` is a tensor of the rank that `shape` spells ("B×C×H×W"; a leading "…" allows more dimensions).
+
+    Args:
+        kind: `"floating"`, `"label"` (int64, int32, uint8), or `"any"` (also bool).
+        spatial: how many trailing dimensions must not be 0.
+    """
+    words = {"floating": "a floating-point tensor", "label": "an int64, int32 or uint8 tensor", "any": "a tensor"}[kind]
+    expected = f"{op}: {name} must be {words} of shape {shape}, got {describe(value)}"
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(expected)
+    if kind == "floating" and not value.is_floating_point() or kind == "label" and value.dtype not in INTEGERS:
+        raise TypeError(expected)
+    rank = len(shape.replace("…×", "").split("×"))
+    if value.dim() < rank if shape.startswith("…") else value.dim() != rank:
+        raise ValueError(expected)
+    if spatial and 0 in value.shape[value.dim() - spatial :]:
+        raise ValueError(f"{expected}: a spatial extent must not be 0")
+
+
+def same(op: str, first: str, a: object, second: str, b: object, what: str) -> None:
+    """Checks that two extents agree: `same("par", "image", 2, "mask", 3, "batch size")`."""
+    if a != b:
+        raise ValueError(f"{op}: {first} and {second} must have the same {what}, got {a} and {b}")
+
+
+def integer(op: str, name: str, value: object, minimum: int) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{op}: {name} must be an int, got {describe(value)}")
+    if value.__index__() < minimum:
+        raise ValueError(f"{op}: {name} must be at least {minimum}, got {value}")
+    return value.__index__()
+
+
+def number(op: str, name: str, value: object, *, positive: bool = False) -> float:
+    """A finite Python number (not NaN, not infinite), greater than 0 if `positive`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} must be a number, got {describe(value)}")
+    if not math.isfinite(value) or (positive and value <= 0):
+        raise ValueError(f"{op}: {name} must be a {'positive ' if positive else ''}finite number, got {value}")
+    return float(value)
+
+
+def choice(op: str, name: str, value: object, allowed: Sequence[object]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, allowed))}, got {describe(value)}")
+
+
+def align(op: str, names: Sequence[str], tensors: Sequence[torch.Tensor], *, autocast: str = "input") -> list[torch.Tensor]:
+    """One dtype and one device for the floating-point tensors of a call.
+
+    Under autocast an operator with `autocast="fp32"` computes in float32 and one with `"input"` in the autocast dtype
+    (float64 stays, as in PyTorch). Otherwise a mixture raises `TypeError`.
+    """
+    device = tensors[0].device
+    for name, t in zip(names, tensors):
+        if t.device != device:
+            raise TypeError(f"{op}: {names[0]} and {name} must be on one device, got {device} and {t.device}")
+    if torch.is_autocast_enabled(device.type):
+        target = torch.float32 if autocast == "fp32" else torch.get_autocast_dtype(device.type)
+        tensors = [t.to(target) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors]
+    floating = [(name, t) for name, t in zip(names, tensors) if t.is_floating_point()]
+    for name, t in floating:
+        if t.dtype != floating[0][1].dtype:
+            raise TypeError(f"{op}: {floating[0][0]} and {name} must have one dtype, got {floating[0][1].dtype} and {t.dtype}")
+    return list(tensors)
+
+
+def widen(backend: str, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    """float32 copies of half-precision tensors for the CPU kernels, which compute in float32; other tensors as they are."""
+    if backend != "cpu":
+        return list(tensors)
+    return [t.float() if t.dtype in HALVES else t for t in tensors]
+
+
+def no_gradient(op: str, **tensors: torch.Tensor | None) -> None:
+    """Refuses tensors that require a gradient which this operator does not have (never a silent `None`)."""
+    if not torch.is_grad_enabled():
+        return
+    for name, t in tensors.items():
+        if t is not None and t.requires_grad:
+            raise NotImplementedError(f"{op}: there is no gradient with respect to {name}; pass {name}.detach()")

@@ -1,0 +1,176 @@
+"""The one place where a backend is chosen.
+
+Precedence: the `backend=` argument, `use_backend`, the environment variable WSSS_KERNELS_BACKEND (read once, at import),
+automatic. The choice looks at metadata only (device, dtype, sizes), outside the opaque operator, so `torch.compile` sees
+no branch on data. An explicit request that cannot run raises with the reason; the automatic choice never fails where
+the reference can run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import inspect
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from . import _native
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+"""In order of preference."""
+
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_ENVIRONMENT = os.environ.get("WSSS_KERNELS_BACKEND") or None
+if _ENVIRONMENT not in (None, *BACKENDS):
+    raise ValueError(f"WSSS_KERNELS_BACKEND must be one of {', '.join(BACKENDS)}, got {_ENVIRONMENT!r}")
+_requested: str | None = _ENVIRONMENT
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+class BackendUnavailable(ValueError, RuntimeError):
+    """A backend that was asked for by name cannot run this call. (The argument is at fault, or the machine: hence both.)"""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an operator.
+
+    Args:
+        name: `"cuda"`, `"triton"` or `"cpu"`. The reference needs no entry.
+        dtypes: the floating-point types that it takes.
+        can_use: `(*tensors) -> None | reason`, for what only the operator knows. Metadata only.
+    """
+
+    name: str
+    dtypes: tuple[torch.dtype, ...] = _FLOATS
+    can_use: Callable[..., str | None] | None = None
+
+
+@dataclass
+class Operator:
+    """A public operator: its name and its implementations, in order of preference."""
+
+    name: str
+    backends: tuple[Backend, ...]
+    note: Callable[..., str | None] | None = None
+    """`(bound arguments as keywords) -> text`: what `explain` adds, such as which variant a size selects."""
+    raw: list[dict[str, Callable]] = field(default_factory=list)
+
+    def raw_op(self, schema: str, fake: Callable, *, triton: str | None = None) -> dict[str, Callable]:
+        """Declares one of the operator's opaque kernels; see `_native.raw_op`."""
+        self.raw.append(_native.raw_op(schema, fake, triton=triton))
+        return self.raw[-1]
+
+    def resolve(self, tensors: Sequence[torch.Tensor], backend: str | None = None) -> str:
+        """The backend that runs this call."""
+        wanted = backend or _requested
+        if wanted is not None:
+            reason = self.reason(wanted, tensors)
+            if reason is not None:
+                raise BackendUnavailable(f"{self.name}: backend={wanted!r} cannot run this call: {reason}")
+            return wanted
+        for candidate in self.backends:
+            if self.reason(candidate.name, tensors) is None:
+                return candidate.name
+        return "reference"
+
+    def reason(self, backend: str, tensors: Sequence[torch.Tensor]) -> str | None:
+        """None if the backend can run a call with these tensors, else why not."""
+        if backend == "reference":
+            return None
+        if backend not in BACKENDS:
+            return f"there is no such backend; expected one of {', '.join(BACKENDS)}"
+        for candidate in self.backends:
+            if candidate.name == backend:
+                break
+        else:
+            return f"{self.name} has no {backend} implementation"
+        if any(backend not in raw for raw in self.raw):
+            return _why_not_compiled(backend)
+        device = tensors[0].device.type
+        reason = _device_reason(backend, device)
+        if reason is not None:
+            return reason
+        for tensor in tensors:
+            if tensor.is_floating_point() and tensor.dtype not in candidate.dtypes:
+                return f"its kernels take {', '.join(str(d).removeprefix('torch.') for d in candidate.dtypes)}, got {str(tensor.dtype).removeprefix('torch.')}"
+        return candidate.can_use(*tensors) if candidate.can_use is not None else None
+
+
+def _why_not_compiled(backend: str) -> str:
+    if backend == "cpu":
+        return _native.missing.get("_C", "not compiled")
+    return _native.missing.get("_cuda" if backend == "cuda" else "_C", "not compiled")
+
+
+def _device_reason(backend: str, device: str) -> str | None:
+    if backend == "cpu":
+        return None if device == "cpu" else f"its kernels run on CPU tensors, got a {device} tensor"
+    if backend == "triton" and not _HAS_TRITON:
+        return "the package triton is not installed"
+    if device == "cuda" or (device == "cpu" and (_native.EMULATED if backend == "cuda" else _native.INTERPRETED)):
+        return None
+    return f"its kernels run on CUDA tensors, got a {device} tensor"
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Every operator called inside runs on this backend, or raises with the reason. `None` chooses automatically.
+
+    The setting is the process's, not the thread's: set it where the program starts its work.
+    """
+    global _requested
+    if name not in (None, *BACKENDS):
+        raise ValueError(f"use_backend: name must be one of {', '.join(BACKENDS)} or None, got {name!r}")
+    before, _requested = _requested, name
+    try:
+        yield
+    finally:
+        _requested = before
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found. Printing it gives a readable table."""
+
+    operator: str
+    chosen: str
+    reasons: dict[str, str | None]
+    note: str | None = None
+
+    def __str__(self) -> str:
+        lines = [f"{self.operator}: {self.chosen}"]
+        for backend, reason in self.reasons.items():
+            mark = "->" if backend == self.chosen else "  "
+            lines.append(f" {mark} {backend:<10} {'can run' if reason is None else 'no: ' + reason}")
+        return "\n".join(lines + ([f"    {self.note}"] if self.note else []))
+
+    __repr__ = __str__
+
+
+def explain(op: str | Callable, *args, **kwargs) -> Explanation:
+    """Says for each backend whether it can run the call `op(*args, **kwargs)`, why not, and which one is chosen.
+
+    Args:
+        op: an operator of `wsss_kernels`, or its name.
+        *args, **kwargs: as for the operator itself.
+    """
+    from . import registry
+
+    public, operator = registry.operator(op)
+    bound = inspect.signature(public).bind(*args, **kwargs)
+    bound.apply_defaults()
+    backend = bound.arguments.pop("backend", None)
+    tensors = [t for value in bound.arguments.values() for t in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(t, torch.Tensor)]
+    if not tensors:
+        raise ValueError(f"explain: the call of {operator.name} has no tensor argument")
+    reasons = {name: operator.reason(name, tensors) for name in BACKENDS}
+    try:
+        chosen = operator.resolve(tensors, backend)
+    except BackendUnavailable as error:
+        chosen = f"none ({error})"
+    note = operator.note(**bound.arguments) if operator.note is not None else None
+    return Explanation(operator.name, chosen, reasons, note)

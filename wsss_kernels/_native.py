@@ -1,0 +1,120 @@
+"""Loads the compiled extension, remembers why it is missing, and declares raw operators.
+
+Two libraries: `_C` (CPU operators, needs no CUDA) and `_cuda` (CUDA operators, loaded only under a CUDA PyTorch).
+Either may be absent (installed without a compiler) or broken (built for something else); both are states that
+`wsss_kernels.info()` explains, never an import error.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+_HERE = Path(__file__).parent
+REBUILD = "reinstall with `pip install --no-build-isolation --force-reinstall --no-deps .` in the source tree"
+
+extension = None
+"""The pybind11 module `_C`, or None."""
+missing: dict[str, str] = {}
+"""Why a library is not loaded, by name ("_C", "_cuda"). Empty when everything is there."""
+
+
+def _load_cpu() -> None:
+    global extension
+    if not list(_HERE.glob("_C.*so")):
+        missing["_C"] = "wsss_kernels was installed without its compiled kernels (no C++ compiler, or WSSS_BUILD=none); " + REBUILD
+        return
+    try:
+        extension = importlib.import_module("wsss_kernels._C")
+    except ImportError as error:
+        missing["_C"] = f"the compiled kernels are present but cannot be loaded ({error}); {REBUILD}"
+
+
+def _load_cuda() -> None:
+    if torch.version.cuda is None:
+        missing["_cuda"] = f"PyTorch {torch.__version__} is a CPU build"
+        return
+    libraries = list(_HERE.glob("_cuda.*so"))
+    if not libraries:
+        missing["_cuda"] = "wsss_kernels was built without CUDA (no matching nvcc, or WSSS_BUILD=cpu); install a CUDA toolkit of PyTorch's major version and " + REBUILD
+        return
+    try:
+        torch.ops.load_library(str(libraries[0]))
+    except OSError as error:
+        missing["_cuda"] = f"the CUDA kernels are present but cannot be loaded ({error}); {REBUILD}"
+
+
+_load_cpu()
+if extension is None:
+    missing["_cuda"] = missing["_C"]
+    warnings.warn(f"{missing['_C']}. The slow PyTorch reference is used meanwhile.", stacklevel=3)
+else:
+    _load_cuda()
+    if "cannot be loaded" in missing.get("_cuda", ""):
+        warnings.warn(missing["_cuda"], stacklevel=3)
+
+EMULATED = "WSSS_CUDA_EMULATOR" in os.environ
+"""The CUDA kernels run on CPU tensors, in the emulator library that WSSS_CUDA_EMULATOR names (tests only)."""
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Triton kernels run on CPU tensors in Triton's interpreter (tests only)."""
+if EMULATED:
+    torch.ops.load_library(os.environ["WSSS_CUDA_EMULATOR"])
+
+_fragments: dict[str, torch.library.Library] = {}
+
+
+def _fragment(namespace: str) -> torch.library.Library:
+    if namespace not in _fragments:
+        _fragments[namespace] = torch.library.Library(namespace, "FRAGMENT")
+    return _fragments[namespace]
+
+
+def _define(namespace: str, schema: str, fake: Callable) -> Callable:
+    name = schema.partition("(")[0]
+    _fragment(namespace).define(schema)
+    torch.library.register_fake(f"{namespace}::{name}", fake, lib=_fragment(namespace))
+    return getattr(getattr(torch.ops, namespace), name).default
+
+
+def _triton_launcher(module: str, name: str) -> Callable:
+    def launch(*args):
+        return getattr(importlib.import_module(module), name)(*args)
+
+    return launch
+
+
+def raw_op(schema: str, fake: Callable, *, triton: str | None = None) -> dict[str, Callable]:
+    """Declares the opaque operator `schema`, and returns its callables by backend: `raw["cpu"](...)`.
+
+    Args:
+        schema: as in C++, without namespace: `"par_fwd(Tensor image, ...) -> Tensor"`. The CPU and CUDA kernels are
+            registered in C++ under `wsss::`; a compiled library with another schema is stale and refused.
+        fake: the shape function, called with the operator's arguments.
+        triton: the module that holds the Triton launcher, a function with the operator's name and arguments. It is
+            imported at the first call, and lives under `wsss_triton::`, beside the CUDA kernel and not instead of it.
+    """
+    name = schema.partition("(")[0]
+    raw: dict[str, Callable] = {}
+    if extension is not None:
+        try:
+            native = getattr(torch.ops.wsss, name).default
+        except AttributeError:
+            raise ImportError(f"wsss_kernels: the compiled extension has no operator {name}: it is older than the Python files; {REBUILD}") from None
+        if native._schema != torch._C.parse_schema(f"wsss::{schema}"):
+            raise ImportError(f"wsss_kernels: the compiled {native._schema} is not {schema}: the extension is older than the Python files; {REBUILD}")
+        torch.library.register_fake(f"wsss::{name}", fake, lib=_fragment("wsss"))
+        raw["cpu"] = native
+        if "_cuda" not in missing:
+            raw["cuda"] = native
+    if EMULATED and torch._C._dispatch_has_kernel_for_dispatch_key(f"wsss_emul::{name}", "CPU"):
+        raw["cuda"] = _define("wsss_emul", schema, fake)
+    if triton is not None:
+        raw["triton"] = _define("wsss_triton", schema, fake)
+        for key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
+            _fragment("wsss_triton").impl(name, _triton_launcher(triton, name), key)
+    return raw
