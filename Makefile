@@ -1,0 +1,111 @@
+# `make` prints the targets. Everything runs in one virtual environment that is made on first use; an environment that is
+# already active is left alone (VENV=$VIRTUAL_ENV uses it, VENV= uses PYTHON's packages as they are and installs nothing).
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && { echo $$p; break; }; done)
+PY = $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
+STAMPS = $(if $(VENV),$(VENV)/.wsss,build/stamps)
+PYTEST = $(PY) -m pytest -q
+BIN = $(if $(VENV),$(VENV)/bin/)
+CMAKE_BUILD = build/cmake
+EMULATOR = $(CURDIR)/$(CMAKE_BUILD)/libwsss_emulator.so
+NATIVE = $(shell find csrc -type f) setup.py
+SETTINGS = $(WSSS_BUILD) $(TORCH_CUDA_ARCH_LIST)
+ifeq ($(VENV),)
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+endif
+
+help: ## this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' Makefile
+	@echo
+	@echo "Variables: PYTHON (a Python >= 3.10), VENV (default .venv), WSSS_BUILD=auto|cpu|cuda|none, TORCH_CUDA_ARCH_LIST, MAX_JOBS"
+
+# The environment. Each step leaves a stamp, so that a second call does nothing until its sources change.
+$(VENV)/bin/python:
+	@[ -n "$(PYTHON)" ] || { echo "make: Python 3.10 or newer is needed; none was found on PATH. Install one, or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "make: $(PYTHON) is not Python 3.10 or newer" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "make: $(PYTHON) cannot make virtual environments (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMPS)/torch: $(if $(VENV),$(VENV)/bin/python)
+	@mkdir -p $(@D)
+	$(if $(VENV),$(PY) -m pip install "torch>=2.10" "setuptools>=77" "pybind11>=2.12" ninja)
+	@touch $@
+
+# Metadata first, then the libraries in place: a change in csrc recompiles only what it touches.
+$(STAMPS)/installed: $(STAMPS)/torch pyproject.toml
+	$(if $(VENV),WSSS_BUILD=none $(PY) -m pip install --no-build-isolation -e ".[test,lint]")
+	@touch $@
+
+$(STAMPS)/settings: FORCE
+	@mkdir -p $(@D)
+	@echo "$(SETTINGS)" | cmp -s - $@ || echo "$(SETTINGS)" > $@
+
+$(STAMPS)/built: $(STAMPS)/installed $(STAMPS)/settings $(NATIVE)
+	$(PY) setup.py build_ext --inplace --force > build.log 2>&1 || { cat build.log >&2; exit 1; }
+	@mkdir -p build && mv build.log build/build.log && grep "^wsss_kernels build" build/build.log
+	@touch $@
+
+install: $(STAMPS)/built ## the virtual environment with the package and everything that the other targets need
+
+demo: $(STAMPS)/built ## refines photographs and shows our time and memory against the eager algorithm
+	$(PY) -m wsss_models.demo
+
+test: $(STAMPS)/built ctest ## the whole suite (slow tests excepted), at every instruction-set level, in the emulators, and ctest
+	$(PYTEST) -m "not slow"
+
+test-fast: $(STAMPS)/built ## the Python suite once, without the slow tests
+	$(PYTEST) -x -m "not slow"
+
+test-full: test asan ## `test`, the slow tests (installs in fresh environments) and `asan`
+	$(PYTEST) -m slow
+
+$(CMAKE_BUILD)/CMakeCache.txt: CMakeLists.txt $(STAMPS)/installed
+	$(BIN)cmake -S . -B $(CMAKE_BUILD) -DPython3_EXECUTABLE=$(abspath $(PY))
+	@touch $@
+
+cpp: $(CMAKE_BUILD)/CMakeCache.txt ## the C++ tests, the operator library and the CUDA emulator library (CMake)
+	$(BIN)cmake --build $(CMAKE_BUILD) --parallel
+
+ctest: cpp ## the C++ tests
+	$(BIN)ctest --test-dir $(CMAKE_BUILD) --output-on-failure --no-tests=ignore
+
+SANITIZE = address,undefined
+asan: $(STAMPS)/installed ## the suite and the C++ tests under AddressSanitizer and UBSan
+	scripts/asan.sh "$(PY)" "$(BIN)" -m "not slow"
+
+lint: $(STAMPS)/installed ## ruff, clang-format and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(BIN)clang-format --dry-run -Werror $$(git ls-files -co --exclude-standard 'csrc/*' 'tests/cpp/*')
+	$(PY) -m mypy
+
+format: $(STAMPS)/installed ## rewrites the sources as `lint` wants them
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(BIN)clang-format -i $$(git ls-files -co --exclude-standard 'csrc/*' 'tests/cpp/*')
+
+bench: $(STAMPS)/built ## our operators against the released algorithms (OP=par: one operator)
+	$(PY) benchmarks/run.py $(if $(OP),--op $(OP))
+
+gpu: export WSSS_BUILD = cuda
+gpu: $(STAMPS)/built ## on a machine with a GPU: CUDA build, the suite on it, benchmarks
+	@$(PY) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu: PyTorch sees no GPU here")'
+	$(PYTEST) -m "not slow"
+	$(PY) benchmarks/run.py $(if $(OP),--op $(OP))
+
+new-op: $(STAMPS)/built ## the folders of a new operator (NAME=my_operator)
+	@[ -n "$(NAME)" ] || { echo "make new-op: say which: make new-op NAME=my_operator" >&2; exit 1; }
+	$(PY) -m wsss_kernels.new_op $(NAME)
+
+clean: ## removes what was built; the virtual environment stays
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks demo_output
+	rm -f wsss_kernels/*.so $(STAMPS)/built
+	find csrc wsss_kernels wsss_models tests benchmarks -name __pycache__ -type d -exec rm -rf {} +
+
+.PHONY: help install demo test test-fast test-full cpp ctest asan lint format bench gpu new-op clean FORCE
