@@ -103,10 +103,14 @@ def plan():
     try:
         import torch
     except ImportError:
-        return give_up("PyTorch is not installed where the build runs (install torch first and use --no-build-isolation, or let pip isolate the build)")
+        return give_up(
+            "PyTorch is not installed where the build runs (install torch first and use --no-build-isolation, or let pip isolate the build)"
+        )
     version = tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2])
     if version < OLDEST_TORCH:
-        stop(f"PyTorch {torch.__version__} is too old: {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]} or newer is needed. Run: pip install --upgrade torch")
+        stop(
+            f"PyTorch {torch.__version__} is too old: {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]} or newer is needed. Run: pip install --upgrade torch"
+        )
     reason = why_no_compiler()
     if reason is not None:
         return give_up(reason)

@@ -28,7 +28,7 @@ def tensor(op: str, name: str, value: object, shape: str, *, kind: str = "floati
     expected = f"{op}: {name} must be {words} of shape {shape}, got {describe(value)}"
     if not isinstance(value, torch.Tensor):
         raise TypeError(expected)
-    if kind == "floating" and not value.is_floating_point() or kind == "label" and value.dtype not in INTEGERS:
+    if (kind == "floating" and not value.is_floating_point()) or (kind == "label" and value.dtype not in INTEGERS):
         raise TypeError(expected)
     rank = len(shape.replace("…×", "").split("×"))
     if value.dim() < rank if shape.startswith("…") else value.dim() != rank:
@@ -72,13 +72,13 @@ def align(op: str, names: Sequence[str], tensors: Sequence[torch.Tensor], *, aut
     (float64 stays, as in PyTorch). Otherwise a mixture raises `TypeError`.
     """
     device = tensors[0].device
-    for name, t in zip(names, tensors):
+    for name, t in zip(names, tensors, strict=True):
         if t.device != device:
             raise TypeError(f"{op}: {names[0]} and {name} must be on one device, got {device} and {t.device}")
     if torch.is_autocast_enabled(device.type):
         target = torch.float32 if autocast == "fp32" else torch.get_autocast_dtype(device.type)
         tensors = [t.to(target) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors]
-    floating = [(name, t) for name, t in zip(names, tensors) if t.is_floating_point()]
+    floating = [(name, t) for name, t in zip(names, tensors, strict=True) if t.is_floating_point()]
     for name, t in floating:
         if t.dtype != floating[0][1].dtype:
             raise TypeError(f"{op}: {floating[0][0]} and {name} must have one dtype, got {floating[0][1].dtype} and {t.dtype}")

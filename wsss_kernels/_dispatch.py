@@ -22,6 +22,8 @@ from . import _native
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 """In order of preference."""
 
+OPERATORS: dict[str, Operator] = {}
+"""Every operator by its public name; filled when its api module is imported."""
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _ENVIRONMENT = os.environ.get("WSSS_KERNELS_BACKEND") or None
 if _ENVIRONMENT not in (None, *BACKENDS):
@@ -58,6 +60,9 @@ class Operator:
     note: Callable[..., str | None] | None = None
     """`(bound arguments as keywords) -> text`: what `explain` adds, such as which variant a size selects."""
     raw: list[dict[str, Callable]] = field(default_factory=list)
+
+    def __post_init__(self):
+        OPERATORS[self.name] = self
 
     def raw_op(self, schema: str, fake: Callable, *, triton: str | None = None) -> dict[str, Callable]:
         """Declares one of the operator's opaque kernels; see `_native.raw_op`."""
@@ -158,13 +163,21 @@ def explain(op: str | Callable, *args, **kwargs) -> Explanation:
         op: an operator of `wsss_kernels`, or its name.
         *args, **kwargs: as for the operator itself.
     """
-    from . import registry
+    import wsss_kernels
 
-    public, operator = registry.operator(op)
+    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+    if name not in OPERATORS:
+        raise ValueError(f"explain: op must be one of {', '.join(sorted(OPERATORS))}, got {name}")
+    operator, public = OPERATORS[name], getattr(wsss_kernels, name)
     bound = inspect.signature(public).bind(*args, **kwargs)
     bound.apply_defaults()
     backend = bound.arguments.pop("backend", None)
-    tensors = [t for value in bound.arguments.values() for t in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(t, torch.Tensor)]
+    tensors = [
+        t
+        for value in bound.arguments.values()
+        for t in (value if isinstance(value, (list, tuple)) else [value])
+        if isinstance(t, torch.Tensor)
+    ]
     if not tensors:
         raise ValueError(f"explain: the call of {operator.name} has no tensor argument")
     reasons = {name: operator.reason(name, tensors) for name in BACKENDS}

@@ -23,6 +23,9 @@ extension = None
 missing: dict[str, str] = {}
 """Why a library is not loaded, by name ("_C", "_cuda"). Empty when everything is there."""
 
+cuda_libraries: list[str] = []
+"""The loaded libraries of CUDA kernels: the real one, the emulator's."""
+
 
 def _load_cpu() -> None:
     global extension
@@ -41,10 +44,14 @@ def _load_cuda() -> None:
         return
     libraries = list(_HERE.glob("_cuda.*so"))
     if not libraries:
-        missing["_cuda"] = "wsss_kernels was built without CUDA (no matching nvcc, or WSSS_BUILD=cpu); install a CUDA toolkit of PyTorch's major version and " + REBUILD
+        missing["_cuda"] = (
+            "wsss_kernels was built without CUDA (no matching nvcc, or WSSS_BUILD=cpu); install a CUDA toolkit of PyTorch's major version and "
+            + REBUILD
+        )
         return
     try:
         torch.ops.load_library(str(libraries[0]))
+        cuda_libraries.append(str(libraries[0]))
     except OSError as error:
         missing["_cuda"] = f"the CUDA kernels are present but cannot be loaded ({error}); {REBUILD}"
 
@@ -64,6 +71,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Triton kernels run on CPU tensors in Triton's interpreter (tests only)."""
 if EMULATED:
     torch.ops.load_library(os.environ["WSSS_CUDA_EMULATOR"])
+    cuda_libraries.append(os.environ["WSSS_CUDA_EMULATOR"])
 
 _fragments: dict[str, torch.library.Library] = {}
 
@@ -104,9 +112,13 @@ def raw_op(schema: str, fake: Callable, *, triton: str | None = None) -> dict[st
         try:
             native = getattr(torch.ops.wsss, name).default
         except AttributeError:
-            raise ImportError(f"wsss_kernels: the compiled extension has no operator {name}: it is older than the Python files; {REBUILD}") from None
+            raise ImportError(
+                f"wsss_kernels: the compiled extension has no operator {name}: it is older than the Python files; {REBUILD}"
+            ) from None
         if native._schema != torch._C.parse_schema(f"wsss::{schema}"):
-            raise ImportError(f"wsss_kernels: the compiled {native._schema} is not {schema}: the extension is older than the Python files; {REBUILD}")
+            raise ImportError(
+                f"wsss_kernels: the compiled {native._schema} is not {schema}: the extension is older than the Python files; {REBUILD}"
+            )
         torch.library.register_fake(f"wsss::{name}", fake, lib=_fragment("wsss"))
         raw["cpu"] = native
         if "_cuda" not in missing:

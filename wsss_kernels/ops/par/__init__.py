@@ -1,0 +1,3 @@
+from .api import PAMR, PAR, par
+
+__all__ = ["PAMR", "PAR", "par"]
