@@ -1,0 +1,80 @@
+"""Writes the operator table of the README: backends from the specs, ratios from `benchmarks/results/<machine>.csv`.
+
+`python benchmarks/report.py --csv benchmarks/results/<machine>.csv` rewrites the table between its two markers, and
+`--check` says (exit code 1) whether the README lists the operators and backends that the specs hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from wsss_kernels import registry  # noqa: E402  (the clone must come first on the path)
+from wsss_kernels._spec import OpSpec  # noqa: E402
+
+BEGIN, END = "<!-- operators -->", "<!-- /operators -->"
+DEVICES = {"cpu": "C++", "cuda": "CUDA", "triton": "Triton"}
+
+
+def latest(path: Path) -> dict[tuple[str, str], list[dict]]:
+    """The newest rows of every case, ours first."""
+    found: dict[tuple[str, str], list[dict]] = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            key = (row["op"], row["case"])
+            if row["provider"] == "ours":
+                found[key] = []
+            found.setdefault(key, []).append(row)
+    return found
+
+
+def _ratio(spec: OpSpec, measured: dict) -> str:
+    cells = []
+    for case in spec.cases:
+        rows = measured.get((spec.name, case.name), [])
+        if len(rows) > 1 and rows[0]["gate"] == "green":
+            baselines = ", ".join(f"{float(row['ratio']):.3g}× {row['provider']}" for row in rows[1:])
+            cells.append(f"{baselines} ({case.name.replace('_', ' ')})")
+    return "; ".join(cells[:2])
+
+
+def operator_table(measured: dict) -> str:
+    """Markdown, one line per operator."""
+    lines = ["| operator | CPU | GPU | gradient with respect to | measured: time of a baseline / time of ours |", "|---|---|---|---|---|"]
+    for spec in registry.specs():
+        gpu = ", ".join(DEVICES[b] for b in spec.backends if b != "cpu") or "reference"
+        cpu = DEVICES["cpu"] if "cpu" in spec.backends else "reference"
+        link = f"[`{spec.name}`](wsss_kernels/ops/{spec.folder}/README.md)"
+        lines.append(f"| {link} | {cpu} | {gpu} | {', '.join(spec.gradients) or 'none'} | {_ratio(spec, measured)} |")
+    return "\n".join(lines)
+
+
+def _without_figures(table: str) -> list[str]:
+    return [line.rsplit("|", 2)[0] for line in table.strip().splitlines()]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--csv", type=Path, help="results of the machine that the README names")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if the table is out of date")
+    options = parser.parse_args(argv)
+    readme = ROOT / "README.md"
+    before, rest = readme.read_text().split(BEGIN)
+    table, after = rest.split(END)
+    if options.check:
+        current = _without_figures(table) == _without_figures(operator_table({}))
+        print("the operator table is up to date" if current else "the operator table is out of date: run benchmarks/report.py", file=sys.stderr)
+        return int(not current)
+    if options.csv is None:
+        parser.error("--csv names the results to take the ratios from")
+    readme.write_text(f"{before}{BEGIN}\n{operator_table(latest(options.csv))}\n{END}{after}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
