@@ -3,6 +3,7 @@
 import ast
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,8 @@ def test_backend_code_is_not_imported_early():
     for path in tracked("wsss_kernels/*.py"):
         if path.name != "triton_impl.py":
             assert not re.search(r"^(import|from) triton", path.read_text(), re.M), path
+
+
+def test_readme_lists_the_operators():
+    done = subprocess.run([sys.executable, "benchmarks/report.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
