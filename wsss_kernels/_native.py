@@ -123,7 +123,7 @@ def raw_op(schema: str, fake: Callable, *, triton: str | None = None) -> dict[st
         raw["cpu"] = native
         if "_cuda" not in missing:
             raw["cuda"] = native
-    if EMULATED and torch._C._dispatch_has_kernel_for_dispatch_key(f"wsss_emul::{name}", "CPU"):
+    if EMULATED and torch._C._dispatch_has_kernel(f"wsss_emul::{name}"):  # operators without a CUDA kernel are unknown there
         raw["cuda"] = _define("wsss_emul", schema, fake)
     if triton is not None:
         raw["triton"] = _define("wsss_triton", schema, fake)
