@@ -11,12 +11,14 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 PY = $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 STAMPS = $(if $(VENV),$(VENV)/.wsss,build/stamps)
 PYTEST = $(PY) -m pytest -q
-BIN = $(if $(VENV),$(VENV)/bin/)
+EXTRAS = test,lint
 CMAKE_BUILD = build/cmake
 EMULATOR = $(CURDIR)/$(CMAKE_BUILD)/libwsss_emulator.so
 NATIVE = $(shell find csrc -type f) setup.py
 SETTINGS = $(WSSS_BUILD) $(TORCH_CUDA_ARCH_LIST)
-ifeq ($(VENV),)
+ifneq ($(VENV),)
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+else
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 endif
 
@@ -39,7 +41,7 @@ $(STAMPS)/torch: $(if $(VENV),$(VENV)/bin/python)
 
 # Metadata first, then the libraries in place: a change in csrc recompiles only what it touches.
 $(STAMPS)/installed: $(STAMPS)/torch pyproject.toml
-	$(if $(VENV),WSSS_BUILD=none $(PY) -m pip install --no-build-isolation -e ".[test,lint]")
+	$(if $(VENV),WSSS_BUILD=none $(PY) -m pip install --no-build-isolation -e ".[$(EXTRAS)]")
 	@touch $@
 
 $(STAMPS)/settings: FORCE
@@ -65,30 +67,32 @@ test-fast: $(STAMPS)/built ## the Python suite once, without the slow tests
 test-full: test asan ## `test`, the slow tests (installs in fresh environments) and `asan`
 	$(PYTEST) -m slow
 
-$(CMAKE_BUILD)/CMakeCache.txt: CMakeLists.txt $(STAMPS)/installed
-	$(BIN)cmake -S . -B $(CMAKE_BUILD) -DPython3_EXECUTABLE=$(abspath $(PY))
+$(CMAKE_BUILD)/configured: CMakeLists.txt $(STAMPS)/installed
+	cmake -G Ninja -S . -B $(CMAKE_BUILD) -DPython3_EXECUTABLE=$$(command -v $(PY))
 	@touch $@
 
-cpp: $(CMAKE_BUILD)/CMakeCache.txt ## the C++ tests, the operator library and the CUDA emulator library (CMake)
-	$(BIN)cmake --build $(CMAKE_BUILD) --parallel
+cpp: $(CMAKE_BUILD)/configured ## the C++ tests, the operator library and the CUDA emulator library (CMake)
+	cmake --build $(CMAKE_BUILD)
 
 ctest: cpp ## the C++ tests
-	$(BIN)ctest --test-dir $(CMAKE_BUILD) --output-on-failure --no-tests=ignore
+	ctest --test-dir $(CMAKE_BUILD) --output-on-failure --no-tests=ignore
 
-SANITIZE = address,undefined
 asan: $(STAMPS)/installed ## the suite and the C++ tests under AddressSanitizer and UBSan
-	scripts/asan.sh "$(PY)" "$(BIN)" -m "not slow"
+	cmake -G Ninja -S . -B build/cmake-asan -DWSSS_WITH_TORCH=OFF -DWSSS_SANITIZE=address,undefined
+	cmake --build build/cmake-asan
+	ctest --test-dir build/cmake-asan --output-on-failure --no-tests=ignore
+	scripts/asan.sh $(PY) -m "not slow"
 
 lint: $(STAMPS)/installed ## ruff, clang-format and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(BIN)clang-format --dry-run -Werror $$(git ls-files -co --exclude-standard 'csrc/*' 'tests/cpp/*')
+	clang-format --dry-run -Werror $$(git ls-files -co --exclude-standard 'csrc/*' 'tests/cpp/*')
 	$(PY) -m mypy
 
 format: $(STAMPS)/installed ## rewrites the sources as `lint` wants them
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(BIN)clang-format -i $$(git ls-files -co --exclude-standard 'csrc/*' 'tests/cpp/*')
+	clang-format -i $$(git ls-files -co --exclude-standard 'csrc/*' 'tests/cpp/*')
 
 bench: $(STAMPS)/built ## our operators against the released algorithms (OP=par: one operator)
 	$(PY) benchmarks/run.py $(if $(OP),--op $(OP))

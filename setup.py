@@ -36,20 +36,23 @@ def stop(message):
     raise SystemExit(f"wsss_kernels: {message}")
 
 
-def cuda_toolkit():
-    """(home, library folder) of a toolkit that really holds nvcc, headers and libcudart_static; else None.
-
-    The nvcc on PATH may be a wrapper script, so the toolkit's own idea of its root is asked first.
-    """
-    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+def toolkit_places():
+    """Where a toolkit may be. CUDA_HOME is obeyed; otherwise the nvcc on PATH, which may be a wrapper script, is asked."""
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if named:
+        return [Path(named)]
+    places = [Path("/usr/local/cuda")]
     nvcc = shutil.which("nvcc")
     if nvcc:
         answer = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True)
         top = re.search(r"TOP=(\S+)", answer.stderr + answer.stdout)
-        candidates += [os.path.realpath(top.group(1))] if top else []
-        candidates.append(str(Path(nvcc).resolve().parent.parent))
-    candidates.append("/usr/local/cuda")
-    for home in map(Path, filter(None, candidates)):
+        places = [*([Path(top.group(1)).resolve()] if top else []), Path(nvcc).resolve().parent.parent, *places]
+    return places
+
+
+def cuda_toolkit():
+    """(home, library folder) of a toolkit that really holds nvcc, headers and libcudart_static; else None."""
+    for home in toolkit_places():
         headers = [home / "include", *home.glob("targets/*/include")]
         libraries = [home / "lib64", home / "lib", *home.glob("targets/*/lib")]
         library = next((d for d in libraries if (d / "libcudart_static.a").exists()), None)
@@ -62,7 +65,9 @@ def why_no_cuda(torch, toolkit):
     if torch.version.cuda is None:
         return f"PyTorch {torch.__version__} is not a CUDA build"
     if toolkit is None:
-        return "no usable CUDA toolkit was found (nvcc, cuda_runtime.h and libcudart_static.a; set CUDA_HOME)"
+        named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+        where = f"in CUDA_HOME={named}" if named else "(set CUDA_HOME)"
+        return f"no usable CUDA toolkit (nvcc, cuda_runtime.h and libcudart_static.a) was found {where}"
     answer = subprocess.run([f"{toolkit[0]}/bin/nvcc", "--version"], capture_output=True, text=True)
     release = re.search(r"release (\d+)\.(\d+)", answer.stdout)
     if release is None:
