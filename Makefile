@@ -78,9 +78,9 @@ ctest: cpp ## the C++ tests
 	ctest --test-dir $(CMAKE_BUILD) --output-on-failure --no-tests=ignore
 
 asan: $(STAMPS)/installed ## the suite and the C++ tests under AddressSanitizer and UBSan
-	cmake -G Ninja -S . -B build/cmake-asan -DWSSS_WITH_TORCH=OFF -DWSSS_SANITIZE=address,undefined
-	cmake --build build/cmake-asan
-	ctest --test-dir build/cmake-asan --output-on-failure --no-tests=ignore
+	cmake -G Ninja -S . -B build/cmake-asan -DPython3_EXECUTABLE=$$(command -v $(PY)) -DWSSS_SANITIZE=address,undefined
+	cmake --build build/cmake-asan --target cpp_tests
+	ASAN_OPTIONS=detect_leaks=0 ctest --test-dir build/cmake-asan --output-on-failure --no-tests=ignore
 	scripts/asan.sh $(PY) -m "not slow"
 
 lint: $(STAMPS)/installed ## ruff, clang-format and mypy
