@@ -178,7 +178,7 @@ def extensions(build, toolkit):
         Extension(
             "wsss_kernels._C",
             ["csrc/module.cpp", *sources("csrc/ops/*/*_ops.cpp")],
-            include_dirs=[*includes, pybind11.get_include()],
+            include_dirs=[pybind11.get_include(), *includes],  # first: PyTorch brings a pybind11 of its own that refuses the stable ABI
             library_dirs=library_paths(),
             libraries=["torch", "torch_cpu", "c10"],
             extra_compile_args={"cxx": [*cxx, f'-DWSSS_BUILD_INFO="{info}"']},
