@@ -149,7 +149,7 @@ def sources(pattern):
 
 def flags():
     """(compiler flags, linker flags)"""
-    compile_flags = ["-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", TARGET]
+    compile_flags = ["-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-psabi", TARGET]
     sanitize = os.environ.get("WSSS_SANITIZE")
     if sanitize:
         compile_flags += ["-O1", "-g", "-fno-omit-frame-pointer", f"-fsanitize={sanitize}", "-fno-sanitize-recover=undefined"]

@@ -23,7 +23,7 @@ def shifted(x: Tensor, dy: int, dx: int) -> Tensor:
     """The map whose value at (y, x) is that at (y + dy, x + dx), coordinates clamped to the map."""
     rows = (torch.arange(x.shape[-2], device=x.device) + dy).clamp(0, x.shape[-2] - 1)
     columns = (torch.arange(x.shape[-1], device=x.device) + dx).clamp(0, x.shape[-1] - 1)
-    return x[..., rows[:, None], columns]
+    return x.index_select(-2, rows).index_select(-1, columns)
 
 
 def neighbours(x: Tensor, dilations: Sequence[int]) -> Tensor:
