@@ -60,6 +60,23 @@ def number(op: str, name: str, value: object, *, positive: bool = False) -> floa
     return float(value)
 
 
+def scalar(op: str, name: str, value: object, like: torch.Tensor, *, positive: bool = False) -> torch.Tensor:
+    """A float64 tensor of one element on the device of `like`, for a parameter that may be learnt.
+
+    A number is checked as in `number`. A 0-d tensor keeps its gradient, must share the dtype of `like` (under autocast it may
+    have any), and its value is not looked at, which would stop a GPU.
+    """
+    if not isinstance(value, torch.Tensor):
+        return torch.full((), number(op, name, value, positive=positive), dtype=torch.float64, device=like.device)
+    if not value.is_floating_point() or value.dim() != 0:
+        raise TypeError(f"{op}: {name} must be a number or a floating-point tensor of shape (), got {describe(value)}")
+    if value.device != like.device:
+        raise TypeError(f"{op}: {name} must be on {like.device} as the other tensors, got {value.device}")
+    if value.dtype != like.dtype and not torch.is_autocast_enabled(like.device.type):
+        raise TypeError(f"{op}: {name} must have the dtype of the other tensors, {like.dtype}, got {value.dtype}")
+    return value.double()
+
+
 def choice(op: str, name: str, value: object, allowed: Sequence[object]) -> None:
     if value not in allowed:
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, allowed))}, got {describe(value)}")
