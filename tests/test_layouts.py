@@ -23,7 +23,8 @@ def sliced(t):
 
 
 def reversed_strides(t):
-    return t.permute(*reversed(range(t.dim()))).contiguous().permute(*reversed(range(t.dim())))
+    order = tuple(reversed(range(t.dim())))
+    return t.permute(order).contiguous().permute(order)
 
 
 def channels_last(t):
