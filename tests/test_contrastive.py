@@ -1,0 +1,62 @@
+"""The contrastive losses: golden vectors, and what the shared matrix cannot hold."""
+
+import pytest
+import torch
+from conftest import golden, load
+
+import wsss_kernels as wk
+from wsss_kernels import registry
+from wsss_kernels.testing import peak_memory, runnable_backends
+
+
+def backends(name):
+    return [*runnable_backends(registry.spec(name)), ("reference", "cpu")]
+
+
+@pytest.mark.parametrize("file", golden("supcon_*.npz"))
+@pytest.mark.parametrize(("backend", "device"), backends("supervised_contrastive_loss"))
+def test_released_outputs(file, backend, device):
+    data = load(file)
+    z, label = data["z"].to(device), data["label"].to(device)
+    for reduction in ("sum", "mean"):
+        result = wk.supervised_contrastive_loss(z, label, data["tau"], reduction=reduction, backend=backend)
+        assert float(result) == pytest.approx(data[f"loss_{reduction}"], rel=1e-8)
+
+
+@pytest.mark.parametrize("name", ["supervised_contrastive_loss", "info_nce"])
+def test_backward_stays_streaming(name):
+    """Forward and backward of 4096 embeddings in a quarter of what one matrix of pairs would take."""
+    z, label = torch.randn(4096, 16, requires_grad=True), torch.randint(2, (4096,))
+    other = torch.randn(4096, 16, requires_grad=True)
+
+    def both():
+        loss = wk.supervised_contrastive_loss(z, label) if name.startswith("sup") else wk.info_nce(z, other, 0.1)
+        return torch.autograd.grad(loss, [t for t in (z, other) if name == "info_nce" or t is z])
+
+    both()
+    backend = wk.explain("info_nce", z, other, 0.1).chosen
+    if backend == "reference":
+        pytest.skip("the reference stores the matrix of pairs")
+    assert peak_memory(both)[0] < 4096 * 4096 * 4 / 4
+
+
+def test_autocast_leaves_the_temperature_alone():
+    x, y, tau = torch.randn(9, 4), torch.randn(9, 4), torch.tensor(0.07, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = wk.info_nce(x, y, tau)
+    expected = wk.info_nce(x.bfloat16(), y.bfloat16(), 0.07)
+    torch.testing.assert_close(loss, expected)
+    (gradient,) = torch.autograd.grad(loss, tau)
+    assert gradient.dtype == torch.float32 and gradient != 0
+
+
+def test_far_apart_embeddings_do_not_underflow():
+    """With 1/temperature = 250 every exponential but the largest vanishes in float32 under a fixed shift."""
+    z = torch.tensor([[1.0, 0.0], [-1.0, 0.01], [0.0, 1.0], [0.1, -1.0]])
+    label = torch.tensor([0, 0, 1, 1])
+    for function in (
+        lambda z, backend: wk.supervised_contrastive_loss(z, label, 0.004, backend=backend),
+        lambda z, backend: wk.info_nce(z, -z, 0.004, backend=backend),
+    ):
+        truth = function(z.double(), "reference")
+        torch.testing.assert_close(function(z, None), truth.float())
