@@ -176,6 +176,7 @@ def peak_memory(function: Callable[[], Any]) -> tuple[int, Any]:
         return torch.cuda.max_memory_allocated() - before, result
     if _native.extension is not None:
         _native.extension.workspace_peak(reset=True)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler writes to stderr whenever it starts
     with torch.profiler.profile(profile_memory=True) as profiler:
         result = function()
     now = peak = 0
