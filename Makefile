@@ -58,8 +58,18 @@ install: $(STAMPS)/built ## the virtual environment with the package and everyth
 demo: $(STAMPS)/built ## refines photographs and shows our time and memory against the eager algorithm
 	$(PY) -m wsss_models.demo
 
+# pytest exits with 5 where no operator has a kernel of the kind that a pass is about.
+MATRIX = tests/test_ops.py tests/test_gradients.py tests/test_layouts.py
 test: $(STAMPS)/built ctest ## the whole suite (slow tests excepted), at every instruction-set level, in the emulators, and ctest
 	$(PYTEST) -m "not slow"
+	@echo "== CPU kernels at the lower instruction-set levels"
+	WSSS_CPU_CAPABILITY=avx2 $(PYTEST) tests/test_ops.py -m "not slow" -k "cpu and (float32 or float64)" || [ $$? -eq 5 ]
+	WSSS_CPU_CAPABILITY=default $(PYTEST) tests/test_ops.py -m "not slow" -k "cpu and (float32 or float64)" || [ $$? -eq 5 ]
+	@echo "== CUDA kernels in the emulator, Triton kernels in the interpreter"
+	WSSS_CUDA_EMULATOR=$(EMULATOR) $(PYTEST) $(MATRIX) -m "not slow" -k cuda || [ $$? -eq 5 ]
+	TRITON_INTERPRET=1 $(PYTEST) $(MATRIX) -m "not slow" -k triton || [ $$? -eq 5 ]
+	@echo "== CPU kernels under AddressSanitizer and UBSan"
+	scripts/asan.sh $(PY) tests/test_ops.py -m "not slow" -k "cpu and float32" || [ $$? -eq 5 ]
 
 test-fast: $(STAMPS)/built ## the Python suite once, without the slow tests
 	$(PYTEST) -x -m "not slow"
