@@ -87,11 +87,11 @@ cpp: $(CMAKE_BUILD)/configured ## the C++ tests, the operator library and the CU
 ctest: cpp ## the C++ tests
 	ctest --test-dir $(CMAKE_BUILD) --output-on-failure --no-tests=ignore
 
-asan: $(STAMPS)/installed ## the suite and the C++ tests under AddressSanitizer and UBSan
+asan: $(STAMPS)/installed ## the operators' tests and the C++ tests under AddressSanitizer and UBSan
 	cmake -G Ninja -S . -B build/cmake-asan -DPython3_EXECUTABLE=$$(command -v $(PY)) -DWSSS_SANITIZE=address,undefined
 	cmake --build build/cmake-asan --target cpp_tests
 	ASAN_OPTIONS=detect_leaks=0 ctest --test-dir build/cmake-asan --output-on-failure --no-tests=ignore
-	scripts/asan.sh $(PY) -m "not slow"
+	scripts/asan.sh $(PY) $(MATRIX) tests/test_golden.py tests/test_determinism.py -m "not slow"
 
 lint: $(STAMPS)/installed ## ruff, clang-format and mypy
 	$(PY) -m ruff check .

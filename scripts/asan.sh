@@ -10,8 +10,7 @@ copy=$PWD/build/asan
 reports=$copy/reports
 rm -rf "$reports" "$copy/tests"
 mkdir -p "$reports"
-tar --exclude='*.so' --exclude=__pycache__ -cf - setup.py pyproject.toml README.md LICENSE csrc wsss_kernels wsss_models tests benchmarks |
-    tar -xf - -C "$copy"
+tar --exclude='*.so' --exclude=__pycache__ -cf - setup.py pyproject.toml README.md LICENSE csrc wsss_* tests benchmarks | tar -xf - -C "$copy"
 
 cd "$copy"
 WSSS_BUILD=cpu WSSS_SANITIZE=address,undefined "$python" setup.py -q build_ext --inplace > build.log 2>&1 || {
