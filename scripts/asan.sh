@@ -8,7 +8,7 @@ python=$(realpath -s "$1")
 shift
 copy=$PWD/build/asan
 reports=$copy/reports
-rm -rf "$reports" "$copy/tests"
+rm -rf "$copy"/{reports,csrc,tests,benchmarks} "$copy"/wsss_*  # what is compiled already stays
 mkdir -p "$reports"
 tar --exclude='*.so' --exclude=__pycache__ -cf - setup.py pyproject.toml README.md LICENSE csrc wsss_* tests benchmarks | tar -xf - -C "$copy"
 
