@@ -1,6 +1,7 @@
 """One line per operator folder: its public names. Everything else finds an operator because its folder exists."""
 
 from .contrastive import info_nce as info_nce, supervised_contrastive_loss as supervised_contrastive_loss
+from .mpfp import MPFP as MPFP, mpfp as mpfp
 from .par import PAMR as PAMR, PAR as PAR, par as par
 
 __all__ = sorted(name for name, value in globals().items() if getattr(value, "__module__", "").startswith(f"{__name__}."))

@@ -1,0 +1,3 @@
+from .api import MPFP, mpfp
+
+__all__ = ["MPFP", "mpfp"]
