@@ -31,7 +31,8 @@ struct Tables {
       WSSS_CHECK(scale >= 1, "mpfp: every scale must be at least 1, got ", scale);
       axis(height, scale);
       axis(width, scale);
-      levels.push_back({scale, bins[bins.size() - 2].data(), bins.back().data(), taps[taps.size() - 2].data(), taps.back().data()});
+      levels.push_back(
+          {scale, bins[bins.size() - 2].data(), bins.back().data(), taps[taps.size() - 2].data(), taps.back().data()});
       plan.largest = std::max(plan.largest, scale);
     }
     plan.channels = feature.size(1);
@@ -83,23 +84,26 @@ std::tuple<Tensor, Tensor> fwd(const Tensor& feature, const Tensor& weight_pos, 
   WSSS_PATH("mpfp.fwd");
   const Tensor x = torch::stable::contiguous(feature);
   const Tensor pos = torch::stable::contiguous(weight_pos), neg = torch::stable::contiguous(weight_neg);
-  Tensor logit = wsss::new_empty(feature, std::vector<int64_t>{feature.size(0), p.channels}), fused = torch::stable::empty_like(x);
+  Tensor logit = wsss::new_empty(feature, std::vector<int64_t>{feature.size(0), p.channels}),
+         fused = torch::stable::empty_like(x);
   for_float_type("mpfp", feature, [&](auto tag) {
     using T = decltype(tag);
     const Buffer<T> weight = packed(p, in<T>(pos), in<T>(neg));
     const auto kernel = forward_kernel(tag);
     const int64_t sample = p.channels * p.height * p.width;
-    parallel_for(0, feature.size(0), 1, [&, f = in<T>(x), l = out<T>(logit), y = out<T>(fused)](int64_t begin, int64_t end) {
-      Buffer<T> work(p.forward_cells());
-      for (int64_t b = begin; b < end; ++b)
-        kernel(p, f + b * sample, weight.data(), l + b * p.channels, y + b * sample, work.data());
-    });
+    parallel_for(0, feature.size(0), 1,
+                 [&, f = in<T>(x), l = out<T>(logit), y = out<T>(fused)](int64_t begin, int64_t end) {
+                   Buffer<T> work(p.forward_cells());
+                   for (int64_t b = begin; b < end; ++b)
+                     kernel(p, f + b * sample, weight.data(), l + b * p.channels, y + b * sample, work.data());
+                 });
   });
   return {logit, fused};
 }
 
 std::tuple<Tensor, Tensor, Tensor> bwd(const Tensor& feature, const Tensor& weight_pos, const Tensor& weight_neg,
-                                       const Tensor& grad_logit, const Tensor& grad_fused, std::vector<int64_t> scales) {
+                                       const Tensor& grad_logit, const Tensor& grad_fused,
+                                       std::vector<int64_t> scales) {
   const Tables tables(feature, scales);
   const Plan& p = tables.plan;
   check_weight(weight_pos, feature, p, "weight_pos");
@@ -110,19 +114,21 @@ std::tuple<Tensor, Tensor, Tensor> bwd(const Tensor& feature, const Tensor& weig
   const Tensor x = torch::stable::contiguous(feature), gl = torch::stable::contiguous(grad_logit);
   const Tensor gf = torch::stable::contiguous(grad_fused);
   const Tensor pos = torch::stable::contiguous(weight_pos), neg = torch::stable::contiguous(weight_neg);
-  Tensor dx = torch::stable::empty_like(x), dpos = torch::stable::empty_like(pos), dneg = torch::stable::empty_like(neg);
+  Tensor dx = torch::stable::empty_like(x), dpos = torch::stable::empty_like(pos),
+         dneg = torch::stable::empty_like(neg);
   for_float_type("mpfp", feature, [&](auto tag) {
     using T = decltype(tag);
     const Buffer<T> weight = packed(p, in<T>(pos), in<T>(neg));
     const auto kernel = backward_kernel(tag);
     const int64_t sample = p.channels * p.height * p.width, batch = feature.size(0), taps = p.fusions() * p.taps();
     Buffer<double> parts(std::max<int64_t>(1, batch * taps));
-    parallel_for(0, batch, 1, [&, f = in<T>(x), l = in<T>(gl), g = in<T>(gf), d = out<T>(dx)](int64_t begin, int64_t end) {
-      Buffer<T> work(p.backward_cells());
-      for (int64_t b = begin; b < end; ++b)
-        kernel(p, f + b * sample, weight.data(), l + b * p.channels, g + b * sample, d + b * sample, &parts[b * taps],
-               work.data());
-    });
+    parallel_for(0, batch, 1,
+                 [&, f = in<T>(x), l = in<T>(gl), g = in<T>(gf), d = out<T>(dx)](int64_t begin, int64_t end) {
+                   Buffer<T> work(p.backward_cells());
+                   for (int64_t b = begin; b < end; ++b)
+                     kernel(p, f + b * sample, weight.data(), l + b * p.channels, g + b * sample, d + b * sample,
+                            &parts[b * taps], work.data());
+                 });
     T *to_pos = out<T>(dpos), *to_neg = out<T>(dneg);
     const int64_t inputs = 2 * p.channels * 9;
     for (int64_t i = 0; i < taps; ++i) {
@@ -142,7 +148,8 @@ std::tuple<Tensor, Tensor, Tensor> bwd(const Tensor& feature, const Tensor& weig
 STABLE_TORCH_LIBRARY_FRAGMENT(wsss, m) {
   m.def("mpfp_fwd(Tensor feature, Tensor weight_pos, Tensor weight_neg, int[] scales) -> (Tensor, Tensor)");
   m.def(
-      "mpfp_bwd(Tensor feature, Tensor weight_pos, Tensor weight_neg, Tensor grad_logit, Tensor grad_fused, int[] scales) -> "
+      "mpfp_bwd(Tensor feature, Tensor weight_pos, Tensor weight_neg, Tensor grad_logit, Tensor grad_fused, int[] "
+      "scales) -> "
       "(Tensor, Tensor, Tensor)");
 }
 
