@@ -19,12 +19,14 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
 MODES = ("auto", "cpu", "cuda", "none")
 COMPILING = {"build", "build_ext", "bdist", "bdist_wheel", "develop", "editable_wheel", "install"}
 OLDEST_TORCH = (2, 10)
+OLDEST_SETUPTOOLS = 77  # the first that reads the licence entry of pyproject.toml
 TARGET = f"-DTORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000"
 
 
@@ -214,6 +216,10 @@ def forget_stale(names):
 
 
 def main():
+    if int(setuptools.__version__.partition(".")[0]) < OLDEST_SETUPTOOLS:
+        stop(
+            f"setuptools {setuptools.__version__} is too old: {OLDEST_SETUPTOOLS} or newer is needed. Run: pip install --upgrade setuptools"
+        )
     if not COMPILING & set(sys.argv):
         return setup()
     build, toolkit = plan()

@@ -68,7 +68,10 @@ def main(argv: list[str] | None = None) -> int:
     table, after = rest.split(END)
     if options.check:
         current = _without_figures(table) == _without_figures(operator_table({}))
-        print("the operator table is up to date" if current else "the operator table is out of date: run benchmarks/report.py", file=sys.stderr)
+        print(
+            "the operator table is up to date" if current else "the operator table is out of date: run benchmarks/report.py",
+            file=sys.stderr,
+        )
         return int(not current)
     if options.csv is None:
         parser.error("--csv names the results to take the ratios from")

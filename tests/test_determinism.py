@@ -22,7 +22,9 @@ def test_same_bits(spec, backend, device, case):
         inputs = [t.requires_grad_() for t in gradient_tensors(spec, None, args, kwargs)]
         result = flatten(spec.public(*args, **kwargs, backend=backend))
         live = [t for t in result if t.requires_grad]
-        grads = torch.autograd.grad(live, inputs, [torch.ones_like(t) for t in live], allow_unused=True, materialize_grads=True) if live else ()
+        grads = (
+            torch.autograd.grad(live, inputs, [torch.ones_like(t) for t in live], allow_unused=True, materialize_grads=True) if live else ()
+        )
         return [t.detach().nan_to_num() if t.is_floating_point() else t for t in (*result, *grads)]
 
     first = run()
