@@ -151,12 +151,11 @@ def info_nce(
     _args.tensor("info_nce", "y", y, "N×d")
     _args.same("info_nce", "x", tuple(x.shape), "y", tuple(y.shape), "shape")
     tau = _args.scalar("info_nce", "temperature", temperature, x, positive=True)
-    names, tensors = ["x", "y", "label"], [x, y, label]
-    aligned = _args.align("info_nce", names[: 2 + (label is not None)], tensors[: 2 + (label is not None)])
+    aligned = _args.align("info_nce", ["x", "y"] if label is None else ["x", "y", "label"], [x, y] if label is None else [x, y, label])
     x, y = aligned[:2]
     chosen = INFO_NCE_OP.resolve(aligned, backend)
     if chosen == "reference":
         return reference.info_nce(x, y, temperature, label=label, reduction=reduction)
     x, y = _args.widen(chosen, x, y)
-    names = torch.arange(x.shape[0], device=x.device) if label is None else label.long()
-    return _InfoNCE.apply(x, y, names, tau, chosen, reduction == "mean")
+    groups = torch.arange(x.shape[0], device=x.device) if label is None else label.long()
+    return _InfoNCE.apply(x, y, groups, tau, chosen, reduction == "mean")
