@@ -25,16 +25,19 @@ def tensor(op: str, name: str, value: object, shape: str, *, kind: str = "floati
         spatial: how many trailing dimensions must not be 0.
     """
     words = {"floating": "a floating-point tensor", "label": "an int64, int32 or uint8 tensor", "any": "a tensor"}[kind]
-    expected = f"{op}: {name} must be {words} of shape {shape}, got {describe(value)}"
+
+    def expected() -> str:
+        return f"{op}: {name} must be {words} of shape {shape}, got {describe(value)}"
+
     if not isinstance(value, torch.Tensor):
-        raise TypeError(expected)
+        raise TypeError(expected())
     if (kind == "floating" and not value.is_floating_point()) or (kind == "label" and value.dtype not in INTEGERS):
-        raise TypeError(expected)
+        raise TypeError(expected())
     rank = len(shape.replace("…×", "").split("×"))
     if value.dim() < rank if shape.startswith("…") else value.dim() != rank:
-        raise ValueError(expected)
+        raise ValueError(expected())
     if spatial and 0 in value.shape[value.dim() - spatial :]:
-        raise ValueError(f"{expected}: a spatial extent must not be 0")
+        raise ValueError(f"{expected()}: a spatial extent must not be 0")
 
 
 def same(op: str, first: str, a: object, second: str, b: object, what: str) -> None:
