@@ -26,6 +26,10 @@ inline Tensor new_empty(const Tensor& like, std::vector<int64_t> size, ScalarTyp
   return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(size.data(), size.size()), dtype);
 }
 
+// torch::stable::contiguous, without its way through the dispatcher where there is nothing to copy.
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+inline std::vector<int64_t> sizes_of(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
+
 template <class T>
 const T* in(const Tensor& t) {
   return t.numel() ? t.const_data_ptr<T>() : nullptr;
