@@ -23,3 +23,11 @@ def test_par(file, backend, device):
     for variant in ("par", "pamr"):
         result = wk.par(image, mask, data["dilations"].tolist(), int(data["num_iter"]), variant=variant, backend=backend)
         torch.testing.assert_close(result.cpu(), data[variant], rtol=0, atol=1e-8 * float(data[variant].abs().max()))
+
+
+@pytest.mark.parametrize("file", golden("boxmask_*.npz"))
+@pytest.mark.parametrize(("backend", "device"), backends("box_mask"))
+def test_box_mask(file, backend, device):
+    data = load(file)
+    result = wk.box_mask(data["cam"].to(device), data["threshold"], clip_border=True, backend=backend)
+    assert torch.equal(result.cpu(), data["mask"])

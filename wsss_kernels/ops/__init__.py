@@ -1,5 +1,7 @@
 """One line per operator folder: its public names. Everything else finds an operator because its folder exists."""
 
+from .box_mask import box_mask as box_mask, connected_components as connected_components
+from .cam import normalize_cam as normalize_cam
 from .contrastive import info_nce as info_nce, supervised_contrastive_loss as supervised_contrastive_loss
 from .mpfp import MPFP as MPFP, mpfp as mpfp
 from .par import PAMR as PAMR, PAR as PAR, par as par

@@ -1,0 +1,3 @@
+from .api import normalize_cam
+
+__all__ = ["normalize_cam"]
