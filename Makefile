@@ -69,7 +69,7 @@ test: $(STAMPS)/built ctest ## the whole suite (slow tests excepted), at every i
 	WSSS_CUDA_EMULATOR=$(EMULATOR) $(PYTEST) $(MATRIX) -m "not slow" -k cuda || [ $$? -eq 5 ]
 	TRITON_INTERPRET=1 $(PYTEST) $(MATRIX) -m "not slow" -k triton || [ $$? -eq 5 ]
 	@echo "== CPU kernels under AddressSanitizer and UBSan"
-	scripts/asan.sh $(PY) tests/test_ops.py -m "not slow" -k "cpu and float32" || [ $$? -eq 5 ]
+	tests/asan.sh $(PY) tests/test_ops.py -m "not slow" -k "cpu and float32" || [ $$? -eq 5 ]
 
 test-fast: $(STAMPS)/built ## the Python suite once, without the slow tests
 	$(PYTEST) -x -m "not slow"
@@ -91,7 +91,7 @@ asan: $(STAMPS)/installed ## the operators' tests and the C++ tests under Addres
 	cmake -G Ninja -S . -B build/cmake-asan -DPython3_EXECUTABLE=$$(command -v $(PY)) -DWSSS_SANITIZE=address,undefined
 	cmake --build build/cmake-asan --target cpp_tests
 	ASAN_OPTIONS=detect_leaks=0 ctest --test-dir build/cmake-asan --output-on-failure --no-tests=ignore
-	scripts/asan.sh $(PY) $(MATRIX) tests/test_golden.py tests/test_determinism.py -m "not slow"
+	tests/asan.sh $(PY) $(MATRIX) tests/test_golden.py tests/test_determinism.py -m "not slow"
 
 lint: $(STAMPS)/installed ## ruff, clang-format and mypy
 	$(PY) -m ruff check .

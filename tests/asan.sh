@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Usage: scripts/asan.sh PYTHON [pytest arguments]
+# Usage: tests/asan.sh PYTHON [pytest arguments]
 # Runs tests against a copy of the tree in build/asan whose libraries report every access out of bounds and every undefined
 # operation. The reports go to files, because pytest would swallow them together with the output of a crashed process.
 set -euo pipefail
