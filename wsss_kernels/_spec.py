@@ -55,7 +55,8 @@ class Case:
         make: `() -> (args, kwargs)`, float32 CPU tensors from a fixed seed.
         backward: also time forward + backward.
         quick: part of the short benchmark; the others only run on demand.
-        target: the ratio to the eager baseline that the project promises on two CPU cores, if any.
+        target: the ratio to the first baseline that the project promises on two CPU cores, if any.
+        baselines: those of the spec's baselines that this case is compared with; all of them if empty.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Case:
     backward: bool = False
     quick: bool = True
     target: float | None = None
+    baselines: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

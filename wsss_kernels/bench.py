@@ -76,13 +76,13 @@ def commit() -> str:
     return answer.stdout.strip() if answer.returncode == 0 else "installed"
 
 
-def baselines(spec: OpSpec) -> dict[str, Callable]:
+def baselines(spec: OpSpec, case: Case) -> dict[str, Callable]:
     """The functions to compare with, the eager original first."""
     try:
         module = importlib.import_module(f"benchmarks.baselines.{spec.folder}")
     except ImportError:
         return {"reference": spec.reference}
-    return {name: getattr(module, name) for name in spec.baselines} or {"reference": spec.reference}
+    return {name: getattr(module, name) for name in case.baselines or spec.baselines} or {"reference": spec.reference}
 
 
 def _call(spec: OpSpec, function: Callable, args: tuple, kwargs: dict, backward: bool) -> Callable[[], list[torch.Tensor]]:
@@ -162,7 +162,7 @@ def measure(spec: OpSpec, case: Case, *, seconds: float = 5.0, backend: str | No
     given = cast((args, kwargs), torch.float32, device)
     plain = cast((args, _exact(kwargs)), torch.float32, device)
     calls = {"ours": _call(spec, lambda *a, **k: spec.public(*a, **k, backend=backend), *given, case.backward)}
-    calls |= {name: _call(spec, function, *plain, case.backward) for name, function in baselines(spec).items()}
+    calls |= {name: _call(spec, function, *plain, case.backward) for name, function in baselines(spec, case).items()}
     try:
         error_ratio = _gate(spec, case, calls, case.backward)
     except AssertionError as error:
