@@ -10,6 +10,10 @@ from .window_attention import (
     CrossAttentionExchange as CrossAttentionExchange,
     exchange_attention as exchange_attention,
     window_attention as window_attention,
+from .wasserstein import (
+    uncertainty_info_nce as uncertainty_info_nce,
+    uncertainty_similarity as uncertainty_similarity,
+    wasserstein2 as wasserstein2,
 )
 
 __all__ = sorted(name for name, value in globals().items() if getattr(value, "__module__", "").startswith(f"{__name__}."))

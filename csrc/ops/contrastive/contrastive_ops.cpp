@@ -21,8 +21,8 @@ WSSS_PICK(pack)
 WSSS_PICK(supcon_forward)
 WSSS_PICK(supcon_backward)
 WSSS_PICK(infonce_forward)
-WSSS_PICK(infonce_rows)
-WSSS_PICK(infonce_columns)
+WSSS_PICK(infonce_weights)
+WSSS_PICK(infonce_products)
 WSSS_PICK(finish)
 #undef WSSS_PICK
 
@@ -261,7 +261,7 @@ static std::tuple<Tensor, Tensor> infonce_fwd(const Tensor& x, const Tensor& y, 
 template <class T>
 static void infonce_gradients(const Batch<T>& batch, double temperature, const T* stats, Buffer<T>& dx, Buffer<T>& dy) {
   const int64_t n = batch.count, d = batch.depth, ld = pair_stride(d), padded = pair_padded(n);
-  Buffer<T> a(3 * padded), b(3 * padded), strips(d * kPairColumns), weights(pair_round(n) * kPairColumns);
+  Buffer<T> a(3 * padded), b(3 * padded), strips(d * kPairColumns), weights((pair_round(n) + kPairStrip) * kPairLine);
   for (int64_t i = 0; i < padded; ++i) {
     const bool used = i < n;
     a[i] = used ? stats[i] : T(0), a[padded + i] = used ? T(1. / double(stats[n + i])) : T(0);
@@ -278,12 +278,10 @@ static void infonce_gradients(const Batch<T>& batch, double temperature, const T
     });
     parallel_for(0, ceil_div(n, kPairRows), 1, [&](int64_t t, int64_t e) {
       for (int64_t j = t * kPairRows; j < std::min(n, e * kPairRows); j += kPairRows)
-        infonce_rows(T{})(pairs, j, std::min(kPairRows, n - j), chunk, width, rows, columns, strips.data(),
-                          weights.data() + j * kPairColumns, dy.data());
+        infonce_weights(T{})(pairs, j, std::min(kPairRows, n - j), chunk, width, rows, columns, strips.data(), weights.data() + j * kPairLine);
     });
-    parallel_for(0, ceil_div(width, kPairStrip), 1, [&](int64_t s, int64_t e) {
-      infonce_columns(T{})(pairs, s * kPairStrip, std::min(width, e * kPairStrip) - s * kPairStrip, weights.data(),
-                           dx.data() + chunk * ld);
+    parallel_for(0, ceil_div(d, kPairStrip), 1, [&](int64_t c, int64_t e) {
+      for (; c < e; ++c) infonce_products(T{})(pairs, chunk, width, c * kPairStrip, weights.data(), dx.data(), dy.data());
     });
   }
 }

@@ -1,0 +1,63 @@
+"""Wasserstein distance, similarity and loss: golden vectors, and what the shared matrix cannot hold."""
+
+import pytest
+import torch
+from conftest import golden, load
+
+import wsss_kernels as wk
+from wsss_kernels import registry
+from wsss_kernels.testing import peak_memory, runnable_backends
+
+
+def backends(name):
+    return [*runnable_backends(registry.spec(name)), ("reference", "cpu")]
+
+
+def six(data, device):
+    return [data[name].to(device) for name in ("sem_x", "mu_x", "sigma_x", "sem_y", "mu_y", "sigma_y")]
+
+
+@pytest.mark.parametrize("file", golden("wasserstein_*.npz"))
+@pytest.mark.parametrize(("backend", "device"), backends("wasserstein2"))
+def test_released_outputs(file, backend, device):
+    data = load(file)
+    args, constants = six(data, device), {name: data[name] for name in ("a", "b", "lam")}
+    distance = wk.wasserstein2(args[1], args[2], args[4], args[5], backend=backend)
+    torch.testing.assert_close(distance.cpu(), data["w2"], rtol=0, atol=1e-8 * float(data["w2"].max()))
+    similarity = wk.uncertainty_similarity(*args, **constants, backend=backend)
+    torch.testing.assert_close(similarity.cpu(), data["similarity"], rtol=0, atol=1e-8)
+    if "infonce_xy" in data:
+        loss = wk.uncertainty_info_nce(*args, data["tau"], **constants, backend=backend)
+        assert float(loss) == pytest.approx((data["infonce_xy"] + data["infonce_yx"]) / 2, rel=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_gaussians_are_exactly_zero_apart(dtype):
+    mu, sigma = torch.randn(40, 700, dtype=dtype) + 3, torch.rand(40, 700, dtype=dtype)
+    if wk.explain("wasserstein2", mu, sigma, mu, sigma).chosen == "reference":
+        pytest.skip("the reference rounds the norms and the product differently")
+    assert bool((wk.wasserstein2(mu, sigma, mu, sigma).diagonal() == 0).all())
+
+
+def test_semantic_rows_that_agree_have_no_gradient_through_the_clamp():
+    sem = torch.eye(4, dtype=torch.float64).requires_grad_()
+    mu, sigma = torch.randn(4, 3, dtype=torch.float64), torch.rand(4, 3, dtype=torch.float64)
+    similarity = wk.uncertainty_similarity(sem, mu, sigma, sem.detach().clone(), mu, sigma)
+    (gradient,) = torch.autograd.grad(similarity.diagonal().sum(), sem)
+    assert bool((gradient == 0).all())
+
+
+def test_learnt_temperature_may_be_float32_under_autocast():
+    args, tau = [torch.rand(5, 4) for _ in range(6)], torch.tensor(0.07, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = wk.uncertainty_info_nce(*args, tau)
+    assert loss.dtype == torch.float32 and torch.autograd.grad(loss, tau)[0].dtype == torch.float32
+
+
+def test_backward_stays_streaming():
+    """Where a matrix of pairs is larger than the inputs, forward and backward take a fraction of it."""
+    args = [torch.randn(4096, 16, requires_grad=True) for _ in range(6)]
+    if wk.explain("uncertainty_info_nce", *args, 0.07).chosen == "reference":
+        pytest.skip("the reference stores the matrix of pairs")
+    peak, _ = peak_memory(lambda: torch.autograd.grad(wk.uncertainty_info_nce(*args, 0.07), args))
+    assert peak < 4096 * 4096 * 4 / 2
