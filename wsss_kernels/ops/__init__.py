@@ -6,14 +6,15 @@ from .contrastive import info_nce as info_nce, supervised_contrastive_loss as su
 from .criss_cross import CrissCrossAttention as CrissCrossAttention, criss_cross_attention as criss_cross_attention
 from .mpfp import MPFP as MPFP, mpfp as mpfp
 from .par import PAMR as PAMR, PAR as PAR, par as par
-from .window_attention import (
-    CrossAttentionExchange as CrossAttentionExchange,
-    exchange_attention as exchange_attention,
-    window_attention as window_attention,
 from .wasserstein import (
     uncertainty_info_nce as uncertainty_info_nce,
     uncertainty_similarity as uncertainty_similarity,
     wasserstein2 as wasserstein2,
+)
+from .window_attention import (
+    CrossAttentionExchange as CrossAttentionExchange,
+    exchange_attention as exchange_attention,
+    window_attention as window_attention,
 )
 
 __all__ = sorted(name for name, value in globals().items() if getattr(value, "__module__", "").startswith(f"{__name__}."))
