@@ -5,8 +5,10 @@
 //   launch(kernel, grid, block, shared_bytes, stream, arguments...)
 //   WSSS_SHARED(float, tile, [32][33]);      static shared memory; in the emulator fenced and filled with NaN per block
 //   WSSS_DYNAMIC_SHARED(float, buffer);      dynamic shared memory, 16-byte aligned, likewise
+//   WSSS_UNROLL, WSSS_ROLLED                 before a loop that must be unrolled (arrays in registers), or must not be
 //   copy_async, copy_async_commit, copy_async_wait         global to shared memory without registers (cp.async)
 //   half2_bits, half2_floats                               two float16 in one word
+//   compute_here                                           against work that the compiler moves out of a loop
 //   max_shared_bytes(), multiprocessors()                  of the current device, for the choice of a launch
 // Plain `__shared__` works too, without the fences. Kernels are templates over the element type; float16 and bfloat16
 // come as c10::Half and c10::BFloat16 from cuda_tensor.h, so that this header needs no PyTorch.
@@ -20,6 +22,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#define WSSS_UNROLL _Pragma("unroll")
+#define WSSS_ROLLED _Pragma("unroll 1")
 #define WSSS_SHARED(type, name, ...) __shared__ type name __VA_ARGS__
 #define WSSS_DYNAMIC_SHARED(type, name)                                 \
   extern __shared__ __align__(16) unsigned char wsss_dynamic_shared_[]; \
@@ -57,9 +61,12 @@ template <int kBytes>
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid = true) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "cp.async copies 4, 8 or 16 bytes");
   const unsigned target = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(target), "l"(global), "n"(kBytes),
-               "r"(valid ? kBytes : 0)
-               : "memory");
+  const int read = valid ? kBytes : 0;
+  if constexpr (kBytes == 16)  // past the first-level cache: a whole sector goes to one place
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(global), "r"(read) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(target), "l"(global), "n"(kBytes), "r"(read)
+                 : "memory");
 }
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most kPending of the committed groups of this thread are still under way.
@@ -75,6 +82,9 @@ __device__ __forceinline__ uint32_t half2_bits(float low, float high) {
 __device__ __forceinline__ float2 half2_floats(uint32_t bits) {
   return __half22float2(*reinterpret_cast<const __half2*>(&bits));
 }
+
+// Keeps the compiler from computing ahead, outside a loop, what follows from this value: that would cost registers.
+__device__ __forceinline__ void compute_here(uint32_t& value) { asm volatile("" : "+r"(value)); }
 
 // 2^x of one hardware instruction: about 2 ulp, and results below 2^-126 are 0.
 __device__ __forceinline__ float exp2_fast(float x) {

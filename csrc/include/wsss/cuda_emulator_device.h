@@ -14,6 +14,8 @@
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
 #define warpSize 32
+#define WSSS_UNROLL
+#define WSSS_ROLLED
 
 #define WSSS_SHARED(type, name, ...)                            \
   using name##_shared_type = type __VA_ARGS__;                  \
@@ -321,6 +323,7 @@ inline float2 half2_floats(uint32_t bits) {
   return {emulator::conversion::half_to_float(uint16_t(bits)),
           emulator::conversion::half_to_float(uint16_t(bits >> 16))};
 }
+inline void compute_here(uint32_t&) {}
 inline float exp2_fast(float x) { return std::exp2(x); }
 
 }  // namespace wsss
