@@ -31,7 +31,9 @@
 #include <vector>
 
 #include "wsss/check.h"
-#if !defined(__x86_64__)
+#if defined(__x86_64__) && !defined(WSSS_EMULATOR_UCONTEXT)
+#define WSSS_EMULATOR_ASSEMBLY 1
+#else
 #include <ucontext.h>
 #endif
 #if defined(__SANITIZE_ADDRESS__)
@@ -79,7 +81,7 @@ class Fiber {
     if (!from.stack_) from.find_own_stack();
     __sanitizer_start_switch_fiber(&from.fake_stack_, to.bottom(), to.size_);
 #endif
-#if defined(__x86_64__)
+#if defined(WSSS_EMULATOR_ASSEMBLY)
     exchange_stacks(&from.pointer_, to.pointer_);
 #else
     swapcontext(&from.context_, &to.context_);
@@ -102,7 +104,7 @@ class Fiber {
 #if defined(WSSS_EMULATOR_ASAN)
     __asan_unpoison_memory_region(stack_, size_);
 #endif
-#if defined(__x86_64__)
+#if defined(WSSS_EMULATOR_ASSEMBLY)
     // Stacks lie at multiples of the page size; without this shift their hot ends would share a few cache sets.
     const size_t shift = (reinterpret_cast<uintptr_t>(stack_) / size_ % 37) * 192;
     void** top = reinterpret_cast<void**>(stack_ + size_ - shift);
@@ -119,7 +121,7 @@ class Fiber {
 #endif
   }
 
-#if defined(__x86_64__)
+#if defined(WSSS_EMULATOR_ASSEMBLY)
   // Saves what a called function must preserve, leaves this stack and continues on the other: a few nanoseconds, where
   // swapcontext makes a system call for the signal mask.
   __attribute__((naked, noinline)) static void exchange_stacks(void** /*from*/, void* /*to*/) {

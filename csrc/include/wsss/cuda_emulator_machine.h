@@ -283,10 +283,8 @@ class Machine {
       return uint64_t(uint32_t(start));
     };
     switch (me.collective) {
-      case Collective::sync:
-        return 0;
-      case Collective::shuffle:
-        return (lanes >> me.argument & 1) ? warp[me.argument].value : ~uint64_t(0);
+      case Collective::sync: return 0;
+      case Collective::shuffle: return (lanes >> me.argument & 1) ? warp[me.argument].value : ~uint64_t(0);
       case Collective::ballot:
       case Collective::match: {
         const uint64_t wanted = me.collective == Collective::ballot ? 1 : me.value;
@@ -295,22 +293,14 @@ class Machine {
           if ((lanes >> i & 1) && warp[i].value == wanted) found |= 1u << i;
         return found;
       }
-      case Collective::add:
-        return each(0u, [](unsigned a, unsigned b) { return a + b; });
-      case Collective::min_signed:
-        return each(INT32_MAX, [](int a, int b) { return std::min(a, b); });
-      case Collective::max_signed:
-        return each(INT32_MIN, [](int a, int b) { return std::max(a, b); });
-      case Collective::min_unsigned:
-        return each(~0u, [](unsigned a, unsigned b) { return std::min(a, b); });
-      case Collective::max_unsigned:
-        return each(0u, [](unsigned a, unsigned b) { return std::max(a, b); });
-      case Collective::bit_and:
-        return each(~0u, [](unsigned a, unsigned b) { return a & b; });
-      case Collective::bit_or:
-        return each(0u, [](unsigned a, unsigned b) { return a | b; });
-      case Collective::bit_xor:
-        return each(0u, [](unsigned a, unsigned b) { return a ^ b; });
+      case Collective::add: return each(0u, [](unsigned a, unsigned b) { return a + b; });
+      case Collective::min_signed: return each(INT32_MAX, [](int a, int b) { return std::min(a, b); });
+      case Collective::max_signed: return each(INT32_MIN, [](int a, int b) { return std::max(a, b); });
+      case Collective::min_unsigned: return each(~0u, [](unsigned a, unsigned b) { return std::min(a, b); });
+      case Collective::max_unsigned: return each(0u, [](unsigned a, unsigned b) { return std::max(a, b); });
+      case Collective::bit_and: return each(~0u, [](unsigned a, unsigned b) { return a & b; });
+      case Collective::bit_or: return each(0u, [](unsigned a, unsigned b) { return a | b; });
+      case Collective::bit_xor: return each(0u, [](unsigned a, unsigned b) { return a ^ b; });
     }
     return 0;
   }

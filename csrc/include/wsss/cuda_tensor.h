@@ -18,14 +18,10 @@ namespace wsss {
 template <class F>
 void for_cuda_type(const char* op, const Tensor& t, const F& body) {
   switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return body(float{});
-    case ScalarType::Double:
-      return body(double{});
-    case ScalarType::Half:
-      return body(c10::Half{});
-    case ScalarType::BFloat16:
-      return body(c10::BFloat16{});
+    case ScalarType::Float: return body(float{});
+    case ScalarType::Double: return body(double{});
+    case ScalarType::Half: return body(c10::Half{});
+    case ScalarType::BFloat16: return body(c10::BFloat16{});
     default:
       fail("wsss_kernels: ", op, ": float32, float64, float16 or bfloat16 expected, got ",
            torch::headeronly::toString(t.scalar_type()));

@@ -65,7 +65,8 @@ class Refinement {
     double statistics = sizeof(A) * double(call_.channels + 2 + (kHalf ? call_.channels : 0));
     int64_t plane = call_.pixels();
     if constexpr (std::is_same<A, float>::value) {
-      const bool tiles = is_released(call_.options) && max_shared_bytes() >= kAdjointSharedBytes;
+      const bool tiles =
+          is_released(call_.options) && max_shared_bytes() >= (call_.adjoint ? kAdjointSharedBytes : kExactSharedBytes);
       if (tiles && call_.adjoint) path_ = Path::adjoint, plane = padded_pixels(size());
       if (tiles && !call_.adjoint) path_ = Path::exact;
       // Stored weights pay where one block of classes shares them; a position weight beyond these bounds has no
@@ -77,18 +78,10 @@ class Refinement {
     }
     block_ = classes_in_flight(call_, statistics, call_.pixels(), sizeof(A) * planes_in_float * double(plane));
     switch (path_) {
-      case Path::general:
-        call_.adjoint ? report_general_adjoint() : report_general();
-        break;
-      case Path::exact:
-        WSSS_PATH("par.cuda.tiles");
-        break;
-      case Path::stored:
-        WSSS_PATH("par.cuda.tiles.half_weights");
-        break;
-      case Path::adjoint:
-        WSSS_PATH("par.cuda.tiles.adjoint");
-        break;
+      case Path::general: call_.adjoint ? report_general_adjoint() : report_general(); break;
+      case Path::exact: WSSS_PATH("par.cuda.tiles"); break;
+      case Path::stored: WSSS_PATH("par.cuda.tiles.half_weights"); break;
+      case Path::adjoint: WSSS_PATH("par.cuda.tiles.adjoint"); break;
     }
   }
   static void report_general() { WSSS_PATH("par.cuda.general"); }

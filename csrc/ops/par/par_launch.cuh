@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "ops/par/par_tiles.cuh"
+#include "wsss/path.h"
 
 namespace wsss::par {
 
@@ -75,6 +76,7 @@ template <class A>
 TileStencil tile_stencil(const Stencil<A>& s, std::initializer_list<const void*> planes) {
   TileStencil t{s.height, s.width, s.channels, s.width % 4 == 0, float(s.factor), {}, {}};
   for (const void* p : planes) t.vectors = t.vectors && reinterpret_cast<uintptr_t>(p) % 16 == 0;
+  if (t.vectors && s.width >= kTile + kPitch - kHalo) WSSS_PATH("par.cuda.tiles.vectors");
   for (int i = 0; i < 6; ++i) {
     t.straight[i] = float(s.straight[i]);
     t.diagonal[i] = float(s.diagonal[i]);

@@ -216,6 +216,23 @@ __device__ __forceinline__ ClassRange class_range(int classes) {
   return {first, min(classes, first + each)};
 }
 
+using Weights = float[Exact::pixels][kNeighbours];
+
+template <bool kPamr>
+__device__ __forceinline__ void add_forward_channel(Weights& w, const float* colours,
+                                                    const float (&scale)[Exact::pixels]) {
+  WSSS_UNROLL
+  for (int i = 0; i < 6; ++i) {
+    WSSS_UNROLL
+    for (int j = 0; j < Exact::pixels; ++j) {
+      const float* own = colours + j * Exact::apart * kPitch;
+      WSSS_UNROLL
+      for (int k = 8 * i; k < 8 * i + 8; ++k)
+        w[j][k] = add_channel(kPamr, w[j][k], own[tile_offset(k)] - own[0], scale[j]);
+    }
+  }
+}
+
 // One iteration with recomputed weights: the planes of the image pass through the tiles first, then those of the mask.
 template <bool kPamr>
 __global__ void __launch_bounds__(Exact::threads, 1)
@@ -244,19 +261,10 @@ __global__ void __launch_bounds__(Exact::threads, 1)
   for (int q = 0; q < s.channels; ++q) {
     q + 1 < s.channels ? fetch_channel(q + 1) : fetch_class(q + 1);
     tiles_ready();
-    const float* at = tile(q) + centre_here<Exact>();
-    float own[Exact::pixels], scale[Exact::pixels];
+    float scale[Exact::pixels];
     WSSS_UNROLL
-    for (int j = 0; j < Exact::pixels; ++j) own[j] = at[j * Exact::apart * kPitch], scale[j] = own_statistic(q, j);
-    WSSS_UNROLL
-    for (int i = 0; i < 6; ++i) {
-      WSSS_UNROLL
-      for (int j = 0; j < Exact::pixels; ++j) {
-        WSSS_UNROLL
-        for (int k = 8 * i; k < 8 * i + 8; ++k)
-          w[j][k] = add_channel(kPamr, w[j][k], at[j * Exact::apart * kPitch + tile_offset(k)] - own[j], scale[j]);
-      }
-    }
+    for (int j = 0; j < Exact::pixels; ++j) scale[j] = own_statistic(q, j);
+    add_forward_channel<kPamr>(w, tile(q) + centre_here<Exact>(), scale);
     __syncthreads();
   }
   WSSS_UNROLL
@@ -331,6 +339,39 @@ __global__ void __launch_bounds__(Stored::threads, 2)
   }
 }
 
+// Weights of the neighbours p − δ_k for p; their scales lie in the tile behind that of their colours.
+template <bool kPamr>
+__device__ __forceinline__ void add_adjoint_channel(Weights& w, const float* colours,
+                                                    const float (&own)[Exact::pixels]) {
+  WSSS_UNROLL
+  for (int i = 0; i < 6; ++i) {
+    WSSS_UNROLL
+    for (int j = 0; j < Exact::pixels; ++j) {
+      WSSS_UNROLL
+      for (int k = 8 * i; k < 8 * i + 8; ++k) {
+        const int at = j * Exact::apart * kPitch - tile_offset(k);
+        w[j][k] = add_channel(kPamr, w[j][k], own[j] - colours[at], colours[Exact::floats + at]);
+      }
+    }
+  }
+}
+
+// The largest logits lie in the tile behind that of 1 / Σ exp.
+__device__ __forceinline__ void finish_adjoint_weights(Weights& w, const float* shares, const TileStencil& s) {
+  WSSS_UNROLL
+  for (int i = 0; i < 6; ++i) {
+    WSSS_UNROLL
+    for (int j = 0; j < Exact::pixels; ++j) {
+      WSSS_UNROLL
+      for (int k = 8 * i; k < 8 * i + 8; ++k) {
+        const int at = j * Exact::apart * kPitch - tile_offset(k);
+        const float exponential = power_of_2(w[j][k] - shares[Exact::floats + at]);
+        w[j][k] = fused(exponential, shares[at], tile_position_weight(s, k));
+      }
+    }
+  }
+}
+
 // One iteration of the adjoint, g(p) = Σ_k weight_k(p − δ_k) g(p − δ_k), on the map extended by the halo: what the
 // forward step read outside the map it read from a border pixel, so fold_border adds it there. Weights of the pixel p −
 // δ_k are recomputed from its own statistics, which pass through the tiles like the image and the gradient.
@@ -366,34 +407,12 @@ __global__ void __launch_bounds__(Exact::threads, 1)
     WSSS_UNROLL
     for (int j = 0; j < Exact::pixels; ++j) own[j] = image[q * size + nearest(pixel_here<Exact>(place, j), s)];
     tiles_ready();
-    const float *values = tile(q, 0) + centre_here<Exact>(), *scales = values + Exact::floats;
-    WSSS_UNROLL
-    for (int i = 0; i < 6; ++i) {
-      WSSS_UNROLL
-      for (int j = 0; j < Exact::pixels; ++j) {
-        WSSS_UNROLL
-        for (int k = 8 * i; k < 8 * i + 8; ++k) {
-          const int at = j * Exact::apart * kPitch - tile_offset(k);
-          w[j][k] = add_channel(kPamr, w[j][k], own[j] - values[at], scales[at]);
-        }
-      }
-    }
+    add_adjoint_channel<kPamr>(w, tile(q, 0) + centre_here<Exact>(), own);
     __syncthreads();
   }
   fetch_class(s.channels + 1);
   tiles_ready();
-  const float *shares = tile(s.channels, 0) + centre_here<Exact>(), *largest = shares + Exact::floats;
-  WSSS_UNROLL
-  for (int i = 0; i < 6; ++i) {
-    WSSS_UNROLL
-    for (int j = 0; j < Exact::pixels; ++j) {
-      WSSS_UNROLL
-      for (int k = 8 * i; k < 8 * i + 8; ++k) {
-        const int at = j * Exact::apart * kPitch - tile_offset(k);
-        w[j][k] = fused(power_of_2(w[j][k] - largest[at]), shares[at], tile_position_weight(s, k));
-      }
-    }
-  }
+  finish_adjoint_weights(w, tile(s.channels, 0) + centre_here<Exact>(), s);
   __syncthreads();
   for (int n = s.channels + 1; n < turns; ++n) {
     fetch_class(n + 1);

@@ -31,6 +31,7 @@ def samples() -> list[Sample]:
         _sample("typical", (2, 3, 11, 13), 2),
         _sample("released dilations", (1, 3, 17, 19), 2, RELEASED, 2),
         _sample("wide", (1, 3, 9, 70), 3, RELEASED, 2),
+        _sample("rows of whole vectors", (1, 3, 5, 100), 1, RELEASED, 2),
         _sample("many classes", (1, 3, 7, 23), 21, (1, 3), 2),
         _sample("pamr", (2, 3, 11, 13), 2, variant="pamr"),
         _sample("pamr, one dilation", (1, 3, 7, 9), 1, (1,), 2, variant="pamr"),
@@ -151,7 +152,17 @@ SPECS = (
         autocast="fp32",
         invariants=(constant_mask_grows, linear_in_the_mask, image_scale_does_not_matter),
         malformed=malformed,
-        paths={"cpu": ("par.cpu.exact", "par.cpu.half_weights", "par.cpu.float64")},
+        paths={
+            "cpu": ("par.cpu.exact", "par.cpu.half_weights", "par.cpu.float64"),
+            "cuda": (
+                "par.cuda.general",
+                "par.cuda.general.adjoint",
+                "par.cuda.tiles",
+                "par.cuda.tiles.adjoint",
+                "par.cuda.tiles.half_weights",
+                "par.cuda.tiles.vectors",
+            ),
+        },
         cases=(
             _case(320, 2, 10, 45.0),
             _case(320, 2, 10, 70.0, exact=False),
