@@ -1,0 +1,3 @@
+from .api import sinkhorn, sinkhorn_scaling
+
+__all__ = ["sinkhorn", "sinkhorn_scaling"]
