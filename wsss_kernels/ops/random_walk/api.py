@@ -229,23 +229,33 @@ def affinity_random_walk(
     options = check_options(op, sinkhorn_iter, power, mask_side)
     if streaming is not None and not isinstance(streaming, bool):
         raise TypeError(f"{op}: streaming must be True, False or None, got {_args.describe(streaming)}")
-    given = {"cam": cam, "decoder_feature": decoder_feature, "encoder": encoder, "mask": mask}
-    given = {name: t for name, t in given.items() if t is not None}
+    optional: dict[str, Tensor | None] = {"cam": cam, "decoder_feature": decoder_feature, "encoder": encoder, "mask": mask}
+    given = {name: t for name, t in optional.items() if t is not None}
     given = dict(zip(given, _args.align(op, tuple(given), tuple(given.values()), autocast="fp32"), strict=True))
-    cam, decoder_feature, encoder, mask = given["cam"], given.get("decoder_feature"), given["encoder"], given.get("mask")
+    cam, decoder, encoder, mask = given["cam"], given.get("decoder_feature"), given["encoder"], given.get("mask")
     chosen = AFFINITY_WALK_OP.resolve(list(given.values()), backend)
-    maps, refine = encoder_is == "affinity", {"first_layer": int(first_layer), "signed": bool(signed)}
-    refine["clamp_min"] = None if clamp_min is None else float(clamp_min)
     if chosen == "reference":
-        steps = {"sinkhorn_iter": options[0], "power": options[1], "mask_side": mask_side}
-        return reference.affinity_random_walk(cam, decoder_feature, encoder, mask, encoder_is=encoder_is, **refine, **steps)
-    decoder, wide = widen_refining(decoder_feature, encoder, maps, chosen)
+        return reference.affinity_random_walk(
+            cam,
+            decoder,
+            encoder,
+            mask,
+            encoder_is=encoder_is,
+            first_layer=first_layer,
+            signed=signed,
+            clamp_min=clamp_min,
+            sinkhorn_iter=options[0],
+            power=options[1],
+            mask_side=mask_side,
+        )
+    maps = encoder_is == "affinity"
+    refine = (maps, int(first_layer), bool(signed), None if clamp_min is None else float(clamp_min))
+    decoder, wide = widen_refining(decoder, encoder, maps, chosen)
     start, *rest = _args.widen(chosen, cam, *[] if mask is None else [mask])
 
     def walk(x: Tensor) -> Tensor:
         if streaming or (streaming is None and encoder.shape[-1] >= STREAMING_FROM):
-            return _StreamingWalk.apply(x, decoder, wide, chosen, maps, *refine.values(), *options)
-        matrix = refined_matrix(decoder, wide, chosen, maps, *refine.values())
-        return _Walk.apply(matrix, x, chosen, *options)
+            return _StreamingWalk.apply(x, decoder, wide, chosen, *refine, *options)
+        return _Walk.apply(refined_matrix(decoder, wide, chosen, *refine), x, chosen, *options)
 
     return masked_walk(walk, start, rest[0] if rest else None, mask_side).to(cam.dtype)

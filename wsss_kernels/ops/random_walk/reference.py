@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..affinity.reference import refining_map
+from ..affinity.reference import refining_map, wide
 from ..sinkhorn.reference import sinkhorn
 
 
@@ -54,6 +54,6 @@ def affinity_random_walk(
     streaming: bool | None = None,
 ) -> torch.Tensor:
     """`random_walk` over the matrix of `refining_map`, Tensor[B, K, h, w] in the dtype of `cam`. `streaming` makes no difference here."""
-    wide = [t if t is None else t.to(torch.promote_types(t.dtype, torch.float32)) for t in (decoder_feature, encoder, cam, mask)]
-    matrix = refining_map(wide[0], wide[1], encoder_is=encoder_is, first_layer=first_layer, signed=signed, clamp_min=clamp_min).matrix
-    return random_walk(matrix, wide[2], wide[3], sinkhorn_iter=sinkhorn_iter, power=power, mask_side=mask_side).to(cam.dtype)
+    decoder, maps = None if decoder_feature is None else wide(decoder_feature), wide(encoder)
+    matrix = refining_map(decoder, maps, encoder_is=encoder_is, first_layer=first_layer, signed=signed, clamp_min=clamp_min).matrix
+    return random_walk(matrix, wide(cam), mask, sinkhorn_iter=sinkhorn_iter, power=power, mask_side=mask_side).to(cam.dtype)
