@@ -20,6 +20,8 @@ from .wasserstein import (
     uncertainty_similarity as uncertainty_similarity,
     wasserstein2 as wasserstein2,
 )
+from .purified_label import purified_label_loss as purified_label_loss
+from .similarity import text_similarity as text_similarity, text_similarity_pool as text_similarity_pool
 from .window_attention import (
     CrossAttentionExchange as CrossAttentionExchange,
     exchange_attention as exchange_attention,

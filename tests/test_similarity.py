@@ -1,0 +1,25 @@
+"""What the shared matrix cannot hold: which pixel the gradient of the maximum reaches, and NaN."""
+
+import pytest
+import torch
+
+import wsss_kernels as wk
+
+BACKENDS = ("cpu", "reference")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_of_the_maximum_reaches_the_first(backend):
+    visual = torch.randn(1, 4, 9, 11, dtype=torch.float64).repeat(1, 1, 2, 1).requires_grad_()
+    wk.text_similarity_pool(visual, torch.randn(2, 4, dtype=torch.float64), backend=backend).sum().backward()
+    touched = visual.grad.abs().sum(1)[0].nonzero()
+    assert 1 <= len(touched) <= 2 and bool((touched[:, 0] < 9).all())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("pixel", [0, 5, 63, 64, 98])
+def test_nan_is_the_maximum_of_its_image_only(backend, pixel):
+    visual, text = torch.randn(2, 4, 9, 11), torch.randn(3, 4)
+    visual.view(2, 4, -1)[0, 2, pixel] = torch.nan
+    result = wk.text_similarity_pool(visual, text, backend=backend)
+    assert bool(result[0].isnan().all()) and not bool(result[1].isnan().any())

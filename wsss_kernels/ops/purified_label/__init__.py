@@ -1,0 +1,3 @@
+from .api import purified_label_loss
+
+__all__ = ["purified_label_loss"]

@@ -1,0 +1,3 @@
+from .api import text_similarity, text_similarity_pool
+
+__all__ = ["text_similarity", "text_similarity_pool"]
