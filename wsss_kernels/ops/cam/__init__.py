@@ -1,3 +1,4 @@
 from .api import normalize_cam
+from .fuse import fuse_cams
 
-__all__ = ["normalize_cam"]
+__all__ = ["fuse_cams", "normalize_cam"]

@@ -6,7 +6,10 @@ max(max − min, 1e-7), the latter being used here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -18,3 +21,28 @@ def normalize_cam(cam: Tensor, *, eps: float = 1e-7) -> Tensor:
     distance = high - low
     normalized = (wide - low) / torch.where(distance <= eps, eps, distance)
     return torch.where(distance == 0, 0.0, normalized).to(cam.dtype)
+
+
+def fuse_cams(
+    cams: Sequence[Tensor],
+    weights: Sequence[float],
+    size: Sequence[int],
+    *,
+    present: Tensor | None = None,
+    mode: str = "normalize_then_sum",
+) -> Tensor:
+    """See `wsss_kernels.fuse_cams`."""
+    dtype = cams[0].dtype
+    wide = [cam.float() if cam.dtype in (torch.float16, torch.bfloat16) else cam for cam in cams]
+    gate = torch.ones((), dtype=wide[0].dtype) if present is None else present.to(wide[0].dtype)[:, :, None, None]
+    gate = gate.to(wide[0].device)
+
+    def resized(cam: Tensor) -> Tensor:
+        if cam.numel() == 0:
+            return cam.new_zeros(*cam.shape[:2], *size) + cam.sum()
+        return F.interpolate(cam, size=tuple(size), mode="bilinear", align_corners=True)
+
+    if mode == "normalize_then_sum":
+        return sum(weight * resized(normalize_cam(cam) * gate) for cam, weight in zip(wide, weights, strict=True)).to(dtype)
+    total = sum(weight * resized(cam.relu()) for cam, weight in zip(wide, weights, strict=True))
+    return (normalize_cam(total) * gate).to(dtype)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..._spec import Case, Malformed, OpSpec, Sample, generator, randn
 from . import api, reference
+from .fuse_spec import FUSE_SPEC
 
 
 def positive(*size: int, seed: int = 0) -> Tensor:
@@ -85,4 +86,5 @@ SPECS = (
         bytes_moved=lambda cam, **_: 8.0 * cam.numel(),
         peak_bytes=lambda cam, **_: 0,
     ),
+    FUSE_SPEC,
 )

@@ -1,0 +1,115 @@
+"""Fusion of class activation maps of several scales: the public function and its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ... import _args
+from ..._dispatch import Backend, Operator
+from . import reference
+from .api import normalize_cam
+
+FUSE_OP = Operator("fuse_cams", backends=(Backend("cpu"),))
+
+_fwd = FUSE_OP.raw_op(
+    "fuse_cams_fwd(Tensor[] maps, float[] weights, int height, int width) -> Tensor",
+    lambda maps, weights, height, width: maps[0].new_empty(*maps[0].shape[:2], height, width),
+)
+_bwd = FUSE_OP.raw_op(
+    "fuse_cams_bwd(Tensor grad, float weight, int height, int width) -> Tensor",
+    lambda grad, weight, height, width: grad.new_empty(*grad.shape[:2], height, width),
+)
+
+
+class _ResizedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, backend, weights, size, *maps):
+        ctx.backend, ctx.weights, ctx.sizes = backend, weights, [m.shape[-2:] for m in maps]
+        return _fwd[backend](list(maps), weights, *size)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        wanted = zip(ctx.needs_input_grad[3:], ctx.weights, ctx.sizes, strict=True)
+        return None, None, None, *[_bwd[ctx.backend](grad, weight, *size) if need else None for need, weight, size in wanted]
+
+
+def _checked(cams: Sequence[Tensor], weights: Sequence[float], size: Sequence[int], mode: str) -> tuple[list[float], list[int]]:
+    op = "fuse_cams"
+    if not isinstance(cams, (list, tuple)) or not cams:
+        raise TypeError(f"{op}: cams must be a non-empty list of tensors, got {_args.describe(cams)[:80]}")
+    for i, cam in enumerate(cams):
+        _args.tensor(op, f"cams[{i}]", cam, "B×K×h×w", spatial=2)
+        _args.same(op, "cams[0]", tuple(cams[0].shape[:2]), f"cams[{i}]", tuple(cam.shape[:2]), "batch size and number of classes")
+    if not isinstance(weights, (list, tuple)) or len(weights) != len(cams):
+        raise ValueError(f"{op}: weights must be a list of one number per map, got {_args.describe(weights)[:80]} for {len(cams)} maps")
+    values = [_args.number(op, f"weights[{i}]", weight) for i, weight in enumerate(weights)]
+    if min(values) < 0:
+        raise ValueError(f"{op}: weights must not be negative, got {values}")
+    if not isinstance(size, (list, tuple)) or len(size) != 2:
+        raise TypeError(f"{op}: size must be a pair of ints, got {_args.describe(size)[:80]}")
+    _args.choice(op, "mode", mode, ("normalize_then_sum", "sum_then_normalize"))
+    return values, [_args.integer(op, "height and width of size", n, 1) for n in size]
+
+
+def _checked_present(present: Tensor | None, cam: Tensor) -> None:
+    if present is None:
+        return
+    _args.tensor("fuse_cams", "present", present, "B×K", kind="any")
+    _args.same("fuse_cams", "cams[0]", tuple(cam.shape[:2]), "present", tuple(present.shape), "batch size and number of classes")
+
+
+def fuse_cams(
+    cams: Sequence[Tensor],
+    weights: Sequence[float],
+    size: tuple[int, int],
+    *,
+    present: Tensor | None = None,
+    mode: str = "normalize_then_sum",
+    backend: str | None = None,
+) -> Tensor:
+    """Weighted sum of class activation maps of several scales, at one size (M0 Eq. 10).
+
+    `"normalize_then_sum"` (the released code): every map is rectified and stretched to [0, 1] as by `normalize_cam`, times
+    `present`, resized, and added with its weight. `"sum_then_normalize"` (Eq. 10 as printed): every map is rectified,
+    resized and added with its weight; the sum is stretched to [0, 1], times `present`.
+
+    Args:
+        cams: list of `Tensor[B, K, h_i, w_i]`, any floating type and range, one dtype and device.
+        weights: one finite number ≥ 0 per map.
+        size: (height, width) of the result; the maps are resized bilinearly with `align_corners=True`.
+        present: `Tensor[B, K]`, which classes an image has: any dtype; a floating one must have the dtype of the maps.
+        mode: `"normalize_then_sum"` or `"sum_then_normalize"`.
+        backend: `"cpu"`, `"reference"`, or `None` to choose.
+
+    Returns:
+        `Tensor[B, K, height, width]` in the dtype of the maps, computed in float32 or better.
+
+    Gradient: with respect to the maps and a floating `present`; through minimum and maximum as in `normalize_cam`.
+
+    Raises:
+        TypeError: not a list of tensors, integer maps, mixed dtypes or devices, a size that is no pair of ints.
+        ValueError: wrong rank, an empty map, batch or classes that differ, a negative weight, a size below 1.
+    """
+    values, shape = _checked(cams, weights, size, mode)
+    _checked_present(present, cams[0])
+    names = [f"cams[{i}]" for i in range(len(cams))]
+    given = list(cams) if present is None else [*cams, present]
+    tensors = _args.align("fuse_cams", [*names, "present"][: len(given)], given)
+    chosen = FUSE_OP.resolve(tensors, backend)
+    maps, dtype = tensors[: len(cams)], tensors[0].dtype
+    gate = tensors[-1] if present is not None else None
+    if chosen == "reference":
+        return reference.fuse_cams(maps, values, shape, present=gate, mode=mode)
+    wide = _args.widen(chosen, *maps)
+    gate = gate.to(wide[0].dtype)[:, :, None, None] if gate is not None else 1.0
+    if mode == "normalize_then_sum":
+        ready = [normalize_cam(m, backend=chosen) for m in wide]
+        ready = [m * gate for m in ready] if present is not None else ready
+        return _ResizedSum.apply(chosen, values, shape, *ready).to(dtype)
+    stretched = normalize_cam(_ResizedSum.apply(chosen, values, shape, *[m.relu() for m in wide]), backend=chosen)
+    return (stretched * gate if present is not None else stretched).to(dtype)
