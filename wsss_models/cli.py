@@ -26,7 +26,9 @@ def _version() -> str:
 
 def parser(chosen: str | None = None) -> argparse.ArgumentParser:
     """The parser; only the chosen command's arguments are filled in."""
-    top = argparse.ArgumentParser(prog="wsss", description="Weakly supervised semantic segmentation. `wsss COMMAND --help` explains a command.")
+    top = argparse.ArgumentParser(
+        prog="wsss", description="Weakly supervised semantic segmentation. `wsss COMMAND --help` explains a command."
+    )
     top.add_argument("--version", action="version", version=f"wsss_kernels {_version()}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (module, summary) in COMMANDS.items():

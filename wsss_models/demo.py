@@ -18,19 +18,21 @@ from .errors import UsageError
 POINTS = {
     "astronaut.png": {
         "person": [[230, 45], [228, 110], [80, 250], [230, 270], [130, 330], [120, 430], [200, 200], [330, 230], [30, 470]],
-        "helmet": [[360, 430], [480, 400]],
         "background": [[30, 150], [340, 100], [400, 260]],
-    },
-    "coffee.png": {
-        "cup": [[300, 60], [270, 140], [340, 140], [380, 120], [260, 230], [220, 260], [200, 110]],
-        "saucer": [[110, 190], [300, 340], [440, 170], [170, 300]],
-        "background": [[60, 60], [520, 60], [560, 330], [30, 330]],
     },
     "chelsea.png": {
         "cat": [[200, 60], [130, 120], [300, 150], [250, 240], [90, 220], [340, 30], [60, 280]],
         "background": [[420, 120], [15, 90]],
     },
-    "ihc.png": {"gland": [[110, 120], [400, 90], [310, 410], [80, 420]]},
+    "coffee.png": {
+        "coffee": [[270, 140], [340, 140], [300, 165]],
+        "china": [[110, 190], [300, 340], [440, 170], [170, 300]],
+        "background": [[60, 60], [520, 60], [560, 330], [30, 330]],
+    },
+    "ihc.png": {
+        "gland": [[110, 120], [400, 90], [310, 410], [80, 420]],
+        "stroma": [[220, 260], [450, 300], [200, 450]],
+    },
 }
 
 
@@ -48,7 +50,9 @@ def photographs() -> list[Path]:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit codes as `wsss`."""
-    parser = argparse.ArgumentParser(prog="python -m wsss_models.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m wsss_models.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("demo_output"), metavar="DIR", help="folder for the results (default demo_output)")
     out = parser.parse_args(argv).out
     try:

@@ -16,8 +16,7 @@ import torch
 from PIL import Image
 
 from wsss_models import cli, demo
-from wsss_models.refine import Settings, arrays, outputs, points, tokens
-from wsss_models.refine import refine as refine_arrays
+from wsss_models.refine import Settings, arrays, outputs, points, refine as refine_arrays, tokens
 from wsss_models.refine.pictures import voc_palette
 
 from .conftest import disc_cam, scene
@@ -159,7 +158,9 @@ def test_control_c(tmp_path):
     (tmp_path / "points.json").write_text(json.dumps(listed))
     command = [sys.executable, "-m", "wsss_models.cli", "refine", "images", "--points", "points.json", "--out", "out"]
     root = os.pathsep.join([str(cli.__file__).rpartition("/wsss_models/")[0], os.environ.get("PYTHONPATH", "")])
-    child = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": root}, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": root}, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 120
     while not (tmp_path / "out/001.json").exists() and child.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -221,7 +222,6 @@ def test_a_large_image_is_refined_at_a_smaller_size():
     image, disc, cam, features, settings = prepared(300, 400, max_side=100)
     result = refine_arrays(image, cam, features, settings=settings)
     assert result.label.shape == (300, 400) and iou(result.label == 1, disc) > 0.93
-
 
 
 def test_compare_reports_stages_and_agreement(image, tmp_path, capsys):

@@ -31,7 +31,10 @@ BAD_CAMS = {
     "number of classes": (np.repeat(CAM, 3, axis=0), r"--cam: expected 2 maps, one for each of --classes, got 3"),
 }
 BAD_FEATURES = {
-    "rank 2": (np.zeros((6, 8), np.float32), r"--features .*: expected floating-point maps of shape C×h×w or L×C×h×w, got float32 of shape 6×8"),
+    "rank 2": (
+        np.zeros((6, 8), np.float32),
+        r"--features .*: expected floating-point maps of shape C×h×w or L×C×h×w, got float32 of shape 6×8",
+    ),
     "integers": (np.zeros((4, 6, 8), np.int64), r"got int64 of shape 4×6×8"),
     "infinite": (np.full((4, 6, 8), np.inf, np.float32), r"--features .*: expected finite values, got NaN or infinity"),
     "another shape": (np.ones((4, 8, 6), np.float32), r"features: expected a grid of the same proportions as the CAM's 6×8, got 8×6"),
@@ -116,7 +119,7 @@ def test_malformed_points(refine, image, text):
     with pytest.raises(UsageError, match="--point: expected"):
         parse_point(text)
     code, err = refine(image, f"--point={text}")
-    assert code == 2 and "--point: expected" in err and repr(text) in err or "255" in err or "-1" in err
+    assert (code == 2 and "--point: expected" in err and repr(text) in err) or "255" in err or "-1" in err
 
 
 @pytest.mark.parametrize("place", ["64,0", "0,48", "-1,5", "1000,1000"])
@@ -125,7 +128,9 @@ def test_points_outside_the_image(refine, image, place):
     assert code == 1 and f"point disc:{place}: expected x in 0…63 and y in 0…47 (pixels from the top left), got {place}" in err
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"a": []}', '{"a": {"b": 3}}', '{"a": {"b": [[1]]}}', '{"a": {"b": [[1, "2"]]}}', '{"a": {"b": [[true, 2]]}}'])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"a": []}', '{"a": {"b": 3}}', '{"a": {"b": [[1]]}}', '{"a": {"b": [[1, "2"]]}}', '{"a": {"b": [[true, 2]]}}']
+)
 def test_bad_points_files(tmp_path, content):
     (tmp_path / "p.json").write_text(content)
     with pytest.raises(UsageError, match=r"--points .*p\.json: (expected \{\"IMAGE\"|cannot be read as JSON)"):

@@ -100,14 +100,18 @@ def read_cam(path: Path, option: str = "--cam") -> CamFile:
     arrays = _load(path, option)
     name = next((key for key in ("", *_CAM_KEYS) if key in arrays), None)
     if name is None:
-        raise InputError(f"{option} {path}: expected an array named {' or '.join(_CAM_KEYS[:1] + _CAM_KEYS[2:4])}, got {', '.join(arrays) or 'none'}")
+        raise InputError(
+            f"{option} {path}: expected an array named {' or '.join(_CAM_KEYS[:1] + _CAM_KEYS[2:4])}, got {', '.join(arrays) or 'none'}"
+        )
     cam = _floating(arrays[name], option, path, "floating-point maps of shape K×h×w with values in 0…1", (2, 3))
     cam = cam[None] if cam.ndim == 2 else cam
     if np.isnan(cam).any():
         raise InputError(f"{option} {path}: expected values in 0…1, got {int(np.isnan(cam).sum())} NaN among {cam.size}")
     low, high = float(cam.min()), float(cam.max())
     if low < -_TOLERANCE or high > 1 + _TOLERANCE:
-        raise InputError(f"{option} {path}: expected values in 0…1, got {low:.4g} … {high:.4g} (wsss_kernels.normalize_cam maps them there)")
+        raise InputError(
+            f"{option} {path}: expected values in 0…1, got {low:.4g} … {high:.4g} (wsss_kernels.normalize_cam maps them there)"
+        )
     return CamFile(cam.clip(0, 1), _classes(arrays, len(cam), path, option))
 
 
@@ -123,7 +127,9 @@ def _classes(arrays: dict[str, np.ndarray], count: int, path: Path, option: str)
     else:
         values = tuple(int(v) + (name == "keys") for v in found)
         if min(values) < 1 or max(values) > 254:
-            raise InputError(f"{option} {path}: expected classes in 1…254 (0 is background, 255 ignored), got {min(values)} … {max(values)}")
+            raise InputError(
+                f"{option} {path}: expected classes in 1…254 (0 is background, 255 ignored), got {min(values)} … {max(values)}"
+            )
     if len(set(values)) != len(values):
         raise InputError(f"{option} {path}: expected different classes, got {', '.join(map(str, values))}")
     return values

@@ -7,9 +7,28 @@ from collections.abc import Iterable, Sequence
 from ..errors import InputError, UsageError
 from .points import BACKGROUND
 
-VOC = (
-    "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep sofa train tvmonitor"
-).split()
+VOC = [
+    "aeroplane",
+    "bicycle",
+    "bird",
+    "boat",
+    "bottle",
+    "bus",
+    "car",
+    "cat",
+    "chair",
+    "cow",
+    "diningtable",
+    "dog",
+    "horse",
+    "motorbike",
+    "person",
+    "pottedplant",
+    "sheep",
+    "sofa",
+    "train",
+    "tvmonitor",
+]
 
 
 def read_classes(text: str | None) -> list[str]:
@@ -63,7 +82,9 @@ class ClassTable:
         if all(isinstance(name, int) for name in classes):
             return [int(name) for name in classes]
         if several and not self.declared:
-            raise InputError(f"--cam: the file names its classes ({', '.join(map(str, classes))}): say their order for all images with --classes")
+            raise InputError(
+                f"--cam: the file names its classes ({', '.join(map(str, classes))}): say their order for all images with --classes"
+            )
         try:
             self.add([str(name) for name in classes], "--cam")
         except UsageError as error:

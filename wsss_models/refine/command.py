@@ -28,19 +28,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EXAMPLES
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image file, or a folder of images")
-    parser.add_argument("--cam", type=Path, metavar="FILE", help="CAM of the image: .npy (K×h×w in 0…1) or .npz (cam and, if wanted, classes); or a folder that holds STEM.npy or STEM.npz for each image")
-    parser.add_argument("--point", action="append", metavar="CLASS:X,Y", help="a point of a class, in pixels from the top left; repeatable; the class is a name or the pixel value of the mask; background says where no object is")
+    parser.add_argument(
+        "--cam",
+        type=Path,
+        metavar="FILE",
+        help="CAM of the image: .npy (K×h×w in 0…1) or .npz (cam and, if wanted, classes); or a folder that holds STEM.npy or STEM.npz for each image",
+    )
+    parser.add_argument(
+        "--point",
+        action="append",
+        metavar="CLASS:X,Y",
+        help="a point of a class, in pixels from the top left; repeatable; the class is a name or the pixel value of the mask; background says where no object is",
+    )
     parser.add_argument("--points", type=Path, metavar="FILE.json", help='points of many images: {"IMAGE": {"CLASS": [[X, Y], …]}}')
-    parser.add_argument("--features", type=Path, metavar="FILE", help="feature maps for the affinity: .npy or .npz, C×h×w or L×C×h×w; or a folder as for --cam (without: colour, texture and paths of the image)")
+    parser.add_argument(
+        "--features",
+        type=Path,
+        metavar="FILE",
+        help="feature maps for the affinity: .npy or .npz, C×h×w or L×C×h×w; or a folder as for --cam (without: colour, texture and paths of the image)",
+    )
     parser.add_argument("--classes", metavar="A,B,…", help="names of the pixel values 1, 2, …; voc stands for Pascal VOC's 20")
     parser.add_argument("--out", type=Path, default=Path("refined"), metavar="DIR", help="folder for the results (default refined)")
     parser.add_argument("--overwrite", action="store_true", help="also what is done already")
     parser.add_argument("--no-pictures", action="store_true", help="only the mask and its record, no overlay and no before/after")
-    parser.add_argument("--compare", action="store_true", help="also run the released algorithms in eager PyTorch on these images, and print time, memory and agreement")
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="also run the released algorithms in eager PyTorch on these images, and print time, memory and agreement",
+    )
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, …; auto takes a GPU if there is one (default auto)")
     machine.add_argument("--backend", choices=("reference", "cpu", "triton", "cuda"), help="of the operators (default: chosen by device)")
-    machine.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice); the result does not depend on it")
+    machine.add_argument(
+        "--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice); the result does not depend on it"
+    )
     options.add_arguments(parser)
 
 

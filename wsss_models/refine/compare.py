@@ -32,12 +32,14 @@ from .settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("box_mask", "affinity_random_walk", "par")
-_RUNS, _BUDGET = 3, 6.0  # runs of each side, and seconds after which an image is not repeated again
+_RUNS, _BUDGET = 3, 4.0  # runs of each side, and seconds after which an image is not repeated again
 
 
 def _baseline(name: str) -> object:
     if not (ROOT / "benchmarks" / "baselines" / f"{name}.py").is_file():
-        raise UsageError("--compare: expected the source tree, whose benchmarks/baselines hold the released algorithms; this is an installed package")
+        raise UsageError(
+            "--compare: expected the source tree, whose benchmarks/baselines hold the released algorithms; this is an installed package"
+        )
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
     return importlib.import_module(f"benchmarks.baselines.{name}")
@@ -47,11 +49,15 @@ def eager_operators() -> Operators:
     """The released algorithms, with the signatures of ours."""
     affinity, walk, released_par = _baseline("affinity"), _baseline("random_walk"), _baseline("par")
 
-    def affinity_random_walk(cam: Tensor, decoder: None, encoder: Tensor, mask: Tensor, *, first_layer: int, clamp_min: float, **options) -> Tensor:
+    def affinity_random_walk(
+        cam: Tensor, decoder: None, encoder: Tensor, mask: Tensor, *, first_layer: int, clamp_min: float, **options
+    ) -> Tensor:
         layers = affinity.eager_cosine(encoder[:, first_layer:], clamp_min=clamp_min)
         return walk.eager(layers.mean(dim=1), cam, mask, **options)
 
-    def par(image: Tensor, mask: Tensor, dilations: Sequence[int], num_iter: int, *, w1: float, w2: float, w3: float, exact: bool) -> Tensor:
+    def par(
+        image: Tensor, mask: Tensor, dilations: Sequence[int], num_iter: int, *, w1: float, w2: float, w3: float, exact: bool
+    ) -> Tensor:
         if (w1, w2, w3) != (0.3, 0.3, 0.01):
             raise UsageError(f"--compare: the released PAR has w1 = w2 = 0.3 and w3 = 0.01, got {w1}, {w2}, {w3}")
         return released_par.eager(image, mask, dilations, num_iter)
@@ -94,7 +100,7 @@ class Report:
             "",
             f"Both give the same class to {100 * self.agreement:.3f} % of the pixels of {self.images} image{'s' * (self.images > 1)}.",
             f"ours = compiled operators, eager = the released algorithms in plain PyTorch{'' if importlib.util.find_spec('cv2') else ' (box_mask: our reference, as OpenCV is not installed)'}.",
-            f"Time: median of {self.runs} alternating run{'s' * (self.runs > 1)}. Memory: peak above the inputs{'' if self.peak_bytes else ' (cannot be measured on this system)'}. {self.machine}.",
+            f"Time: median of {self.runs} alternating run{'s' * (self.runs > 1)}. Memory: peak above the inputs, largest image{'' if self.peak_bytes else ' (cannot be measured on this system)'}. {self.machine}.",
         ]
         return "\n".join(lines)
 
@@ -113,7 +119,9 @@ def machine(device: torch.device) -> str:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     elif Path("/proc/cpuinfo").exists():
-        models = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        models = [
+            line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")
+        ]
         name = models[0] if models else name
     return f"{name}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}"
 
@@ -140,7 +148,8 @@ def compare(jobs: Sequence[Job], classes: ClassTable, settings: Settings, device
             pixels += results[0][0].label.size
             for stage, found in times.items():
                 found.append(tuple(statistics.median(pair[side].milliseconds.get(stage, 0.0) for pair in results) for side in (0, 1)))
-        peaks = peak_memory(files, settings, device)
+        largest = max(files, key=lambda file: file.stat().st_size)  # the files are not compressed
+        peaks = peak_memory(largest, settings, device)
     means = {stage: tuple(statistics.fmean(pair[side] for pair in found) for side in (0, 1)) for stage, found in times.items()}
     return Report(len(jobs), fewest, machine(device), equal / pixels, means, {stage: peaks[stage] for stage in times if stage in peaks})
 
@@ -148,19 +157,21 @@ def compare(jobs: Sequence[Job], classes: ClassTable, settings: Settings, device
 def _alternate(inputs: runner.Inputs, settings: Settings, device: torch.device, sides: tuple[Operators, Operators]) -> list[tuple]:
     results, start = [], time.perf_counter()
     while len(results) < _RUNS and (not results or time.perf_counter() - start < _BUDGET):
-        results.append(tuple(refine(inputs.image, inputs.cam, inputs.features, inputs.values, settings, device=device, operators=ops) for ops in sides))
+        results.append(
+            tuple(refine(inputs.image, inputs.cam, inputs.features, inputs.values, settings, device=device, operators=ops) for ops in sides)
+        )
     return results
 
 
-def peak_memory(files: Sequence[Path], settings: Settings, device: torch.device) -> dict[str, tuple[int, int]]:
-    """Peak bytes above the inputs by stage, (ours, eager), the largest over the images; empty where it cannot be measured.
+def peak_memory(file: Path, settings: Settings, device: torch.device) -> dict[str, tuple[int, int]]:
+    """Peak bytes above the inputs by stage, (ours, eager); empty where it cannot be measured.
 
     Measured in a process of its own, in which the allocator returns every larger block to the system at once, so that
     what one stage has freed does not hide what the next one needs.
     """
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    request = {"files": [str(file) for file in files], "settings": asdict(settings), "device": str(device), "threads": torch.get_num_threads()}
+    request = {"file": str(file), "settings": asdict(settings), "device": str(device), "threads": torch.get_num_threads()}
     child = subprocess.run(
         [sys.executable, "-m", "wsss_models.refine.memory"], input=json.dumps(request), capture_output=True, text=True, env=environment
     )

@@ -32,7 +32,9 @@ def read_image(path: Path) -> np.ndarray:
     except FileNotFoundError:
         raise InputError(f"image {path}: there is no such file") from None
     except UnidentifiedImageError:
-        raise InputError(f"image {path}: expected an image file, got something that Pillow cannot identify ({path.stat().st_size} bytes)") from None
+        raise InputError(
+            f"image {path}: expected an image file, got something that Pillow cannot identify ({path.stat().st_size} bytes)"
+        ) from None
     except Image.DecompressionBombError as error:
         raise InputError(f"image {path}: expected at most {2 * Image.MAX_IMAGE_PIXELS:,} pixels: {error}") from None
     except _BROKEN as error:

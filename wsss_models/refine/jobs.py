@@ -73,12 +73,16 @@ def _check_outputs(images: Sequence[Path], folder: Path) -> None:
     for image in images:
         for path in outputs.paths(folder, image.stem, pictures=True).values():
             if path.name in owner:
-                raise UsageError(f"two images would both write {path}: {owner[path.name]} and {image}; rename one, or use two calls with two --out folders")
+                raise UsageError(
+                    f"two images would both write {path}: {owner[path.name]} and {image}; rename one, or use two calls with two --out folders"
+                )
             owner[path.name] = image
     sources = {image.resolve(): image for image in images}
     for name in owner:
         if (folder / name).resolve() in sources:
-            raise UsageError(f"--out {folder}: {name} would overwrite the image {sources[(folder / name).resolve()]}; choose another folder")
+            raise UsageError(
+                f"--out {folder}: {name} would overwrite the image {sources[(folder / name).resolve()]}; choose another folder"
+            )
 
 
 def _files(option: str, given: Path | None, images: Sequence[Path]) -> dict[Path, Path | None]:

@@ -69,12 +69,19 @@ def main() -> None:
     peaks = []
     for operators in (Operators.compiled(), compare.eager_operators()):
         # Once on something small, so that what libraries load and keep at their first call is not counted.
-        refine(np.zeros((64, 64, 3), np.uint8), np.ones((1, 8, 8), np.float32), np.ones((2, 8, 8, 8), np.float32), None, settings, device=device, operators=operators)
+        refine(
+            np.zeros((64, 64, 3), np.uint8),
+            np.ones((1, 8, 8), np.float32),
+            np.ones((2, 8, 8, 8), np.float32),
+            None,
+            settings,
+            device=device,
+            operators=operators,
+        )
         probe = Probe(operators, device)
-        for file in request["files"]:
-            with np.load(file) as inputs:
-                values = [int(v) for v in inputs["values"]]
-                refine(inputs["image"], inputs["cam"], inputs["features"], values, settings, device=device, operators=probe.operators)
+        with np.load(request["file"]) as inputs:
+            values = [int(v) for v in inputs["values"]]
+            refine(inputs["image"], inputs["cam"], inputs["features"], values, settings, device=device, operators=probe.operators)
         peaks.append(probe.peak)
     print(json.dumps({stage: (peaks[0][stage], peaks[1][stage]) for stage in compare.STAGES}))
 

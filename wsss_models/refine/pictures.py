@@ -35,7 +35,10 @@ def _boundary(label: np.ndarray, width: int) -> np.ndarray:
     """True within `width` pixels of a change of class."""
     edge = np.zeros(label.shape, bool)
     for shift in range(1, width + 1):
-        for a, b in (((slice(shift, None),), (slice(None, -shift),)), ((slice(None), slice(shift, None)), (slice(None), slice(None, -shift)))):
+        for a, b in (
+            ((slice(shift, None),), (slice(None, -shift),)),
+            ((slice(None), slice(shift, None)), (slice(None), slice(None, -shift))),
+        ):
             edge[a] |= label[a] != label[b]
     return edge
 
@@ -52,7 +55,7 @@ def cam_picture(image: np.ndarray, cam: np.ndarray, values: Sequence[int]) -> Im
     """The image in grey with each class's map as its colour, as strong as the map is high. Maps of value 0 are left out."""
     height, width = image.shape[:2]
     mixed = np.repeat(image.mean(axis=2, keepdims=True), 3, axis=2) * 0.55 + 40
-    for plane, value in zip(cam, values):
+    for plane, value in zip(cam, values, strict=True):
         if value:
             alpha = np.array(Image.fromarray(plane).resize((width, height), Image.Resampling.BILINEAR)).clip(0, 1)[..., None]
             mixed = mixed * (1 - 0.85 * alpha) + (_vivid(value) * 0.85) * alpha
@@ -70,7 +73,9 @@ def _with_points(panel: Image.Image, points: Sequence[Point], scale: float, valu
     for point in points:
         x, y, radius = point.x * scale, point.y * scale, 5
         draw.ellipse((x - radius - 2, y - radius - 2, x + radius + 2, y + radius + 2), fill=(0, 0, 0))
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=tuple(int(v) for v in _vivid(value_of[point.name])), outline=_PAPER)
+        draw.ellipse(
+            (x - radius, y - radius, x + radius, y + radius), fill=tuple(int(v) for v in _vivid(value_of[point.name])), outline=_PAPER
+        )
     return panel
 
 

@@ -142,7 +142,9 @@ def check_grids(cam: Tensor, encoder: Tensor, settings: Settings) -> None:
     """Refuses feature maps that cannot belong to these class activation maps."""
     (a, b), (h, w) = cam.shape[-2:], encoder.shape[-2:]
     if abs(a * w - b * h) > max(a, b) + max(h, w):  # more than rounding to whole tokens explains
-        raise InputError(f"features: expected a grid of the same proportions as the CAM's {a}×{b}, got {h}×{w} (layers×channels×h×w = {tuple(encoder.shape)})")
+        raise InputError(
+            f"features: expected a grid of the same proportions as the CAM's {a}×{b}, got {h}×{w} (layers×channels×h×w = {tuple(encoder.shape)})"
+        )
     if settings.first_layer >= encoder.shape[0]:
         raise InputError(f"features: expected more than first_layer = {settings.first_layer} layers, got {encoder.shape[0]}")
 

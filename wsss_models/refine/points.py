@@ -61,7 +61,9 @@ def read_points(path: Path) -> dict[str, list[Point]]:
         if not isinstance(classes, dict) or not all(isinstance(places, list) for places in classes.values()):
             raise UsageError(f"{expected}, got {classes!r} for {image}")
         for place in (place for places in classes.values() for place in places):
-            if not (isinstance(place, list) and len(place) == 2 and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in place)):
+            if not (
+                isinstance(place, list) and len(place) == 2 and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in place)
+            ):
                 raise UsageError(f"{expected}, got {place!r} as a point of {image}")
         found[image] = [_point(name, float(x), float(y), f"--points {path}") for name, places in classes.items() for x, y in places]
     return found
@@ -70,7 +72,9 @@ def read_points(path: Path) -> dict[str, list[Point]]:
 def check_inside(points: Sequence[Point], height: int, width: int) -> None:
     for point in points:
         if not (0 <= point.x < width and 0 <= point.y < height):
-            raise InputError(f"point {point}: expected x in 0…{width - 1} and y in 0…{height - 1} (pixels from the top left), got {point.x:g},{point.y:g}")
+            raise InputError(
+                f"point {point}: expected x in 0…{width - 1} and y in 0…{height - 1} (pixels from the top left), got {point.x:g},{point.y:g}"
+            )
 
 
 def point_cam(points: Sequence[Point], names: Sequence[str], grid: TokenGrid, height: int, width: int, settings: Settings) -> np.ndarray:
@@ -82,6 +86,6 @@ def point_cam(points: Sequence[Point], names: Sequence[str], grid: TokenGrid, he
     rows, columns = grid.size
     cells = np.array([min(rows - 1, int(p.y * rows / height)) * columns + min(columns - 1, int(p.x * columns / width)) for p in points])
     blobs = np.exp(-0.5 * (path_lengths(grid, cells, settings.point_edge_weight) / settings.point_radius) ** 2)
-    cam = np.stack([np.max([blob for blob, p in zip(blobs, points) if p.name == name], axis=0) for name in names])
+    cam = np.stack([np.max([blob for blob, p in zip(blobs, points, strict=True) if p.name == name], axis=0) for name in names])
     share = cam / np.maximum(cam.sum(axis=0, keepdims=True), 1e-12)
     return (cam * share).astype(np.float32)

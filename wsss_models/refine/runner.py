@@ -151,7 +151,13 @@ def versions() -> dict[str, str]:
     import skimage
 
     found = {"wsss_kernels": wsss_kernels.__version__, "torch": torch.__version__, "numpy": np.__version__}
-    return {**found, "pillow": PIL.__version__, "scipy": scipy.__version__, "scikit-image": skimage.__version__, "python": platform.python_version()}
+    return {
+        **found,
+        "pillow": PIL.__version__,
+        "scipy": scipy.__version__,
+        "scikit-image": skimage.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def _record(job: Job, inputs: Inputs, result: Refined, key: dict[str, Any], classes: ClassTable, device: torch.device) -> dict[str, Any]:
@@ -164,9 +170,14 @@ def _record(job: Job, inputs: Inputs, result: Refined, key: dict[str, Any], clas
         "cam": str(job.cam) if job.cam is not None else "from points",
         "points": [str(p) for p in job.points],
         "features": str(job.features) if job.features is not None else "colour, texture and paths of the image",
-        "grid": {"layers": inputs.features.shape[0], "channels": inputs.features.shape[1], "h": inputs.features.shape[2], "w": inputs.features.shape[3]},
+        "grid": {
+            "layers": inputs.features.shape[0],
+            "channels": inputs.features.shape[1],
+            "h": inputs.features.shape[2],
+            "w": inputs.features.shape[3],
+        },
         "classes": {str(value): classes.name(value) for value in sorted({0, *inputs.values})},
-        "pixels": {str(int(value)): int(count) for value, count in zip(found, counts)},
+        "pixels": {str(int(value)): int(count) for value, count in zip(found, counts, strict=True)},
         "milliseconds": {**times, "total": round(sum(times.values()), 3)},
         "device": str(device) if device.type == "cpu" else f"{device} ({torch.cuda.get_device_name(device)})",
         "threads": torch.get_num_threads(),
@@ -183,7 +194,9 @@ def backends(device: torch.device) -> dict[str, str]:
     return {name: wsss_kernels.explain(name, *arguments).chosen for name, arguments in calls.items()}
 
 
-def run_job(job: Job, settings: Settings, classes: ClassTable, folder: Path, device: torch.device, *, overwrite: bool, pictures: bool, several: bool) -> bool:
+def run_job(
+    job: Job, settings: Settings, classes: ClassTable, folder: Path, device: torch.device, *, overwrite: bool, pictures: bool, several: bool
+) -> bool:
     """True if the image was refined, False if it had been before."""
     files = outputs.paths(folder, job.stem, pictures)
     key = identity(job, settings, classes)
@@ -195,7 +208,9 @@ def run_job(job: Job, settings: Settings, classes: ClassTable, folder: Path, dev
     return True
 
 
-def run(jobs: Sequence[Job], classes: ClassTable, settings: Settings, folder: Path, device: torch.device, *, overwrite: bool, pictures: bool) -> Summary:
+def run(
+    jobs: Sequence[Job], classes: ClassTable, settings: Settings, folder: Path, device: torch.device, *, overwrite: bool, pictures: bool
+) -> Summary:
     """Runs all jobs. One that fails is named on stderr and the others are done; a full disk ends the run.
 
     Raises:
@@ -219,5 +234,7 @@ def run(jobs: Sequence[Job], classes: ClassTable, settings: Settings, folder: Pa
                 summary.stopped = True
                 break
             except KeyboardInterrupt:
-                raise KeyboardInterrupt(f"{len(summary.refinable)} of {len(jobs)} images are done. Run the same command again to go on") from None
+                raise KeyboardInterrupt(
+                    f"{len(summary.refinable)} of {len(jobs)} images are done. Run the same command again to go on"
+                ) from None
     return summary

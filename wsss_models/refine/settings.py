@@ -12,7 +12,9 @@ from typing import Any
 from ..errors import UsageError
 
 
-def _option(default: Any, group: str, text: str, minimum: float, maximum: float = math.inf, *, read: Callable | None = None, unit: str = "") -> Any:
+def _option(
+    default: Any, group: str, text: str, minimum: float, maximum: float = math.inf, *, read: Callable | None = None, unit: str = ""
+) -> Any:
     metadata = {"group": group, "help": text, "minimum": minimum, "maximum": maximum, "read": read or type(default), "unit": unit}
     return field(default=default, metadata=metadata)
 
@@ -47,22 +49,32 @@ class Settings:
     background_power: float = _option(1.0, BACKGROUND, "background score = (1 - highest class score) to this power", 0)
     background_score: float | None = _option(None, BACKGROUND, "a constant background score instead", 0, 1, read=number_or_none)
     par_iter: int = _option(20, PAR, "iterations (WeCLIP 20, AFA 10); 0 leaves PAR out", 0)
-    par_dilations: tuple[int, ...] = _option((1, 2, 4, 8, 12, 24), PAR, "distances of the neighbours, comma-separated", 1, read=integers, unit="pixels")
+    par_dilations: tuple[int, ...] = _option(
+        (1, 2, 4, 8, 12, 24), PAR, "distances of the neighbours, comma-separated", 1, read=integers, unit="pixels"
+    )
     par_w1: float = _option(0.3, PAR, "colour scale, in standard deviations of the neighbours", 1e-6)
     par_w2: float = _option(0.3, PAR, "distance scale, in standard deviations of the distances", 1e-6)
     par_w3: float = _option(0.01, PAR, "weight of the distance term", 0)
     par_fast: bool = _flag(f"{PAR}: weights in half precision: about twice as fast, scores differ by at most 5e-4")
-    max_side: int = _option(2048, PAR, "larger images are refined at this size of their longer side; the mask has full size", 16, unit="pixels")
+    max_side: int = _option(
+        2048, PAR, "larger images are refined at this size of their longer side; the mask has full size", 16, unit="pixels"
+    )
     token_size: int = _option(8, TOKENS, "side of a token", 1, unit="pixels")
     max_tokens: int = _option(4096, TOKENS, "tokens grow with the image so that there are at most this many", 1)
     landmarks: int = _option(128, TOKENS, "tokens that the others are compared with: the number of feature channels", 1)
     colour_scale: float = _option(9.0, TOKENS, "colour difference at which tokens are strangers", 1e-6, unit="CIELAB units")
-    texture_scale: float = _option(15.0, TOKENS, "difference of contrast within tokens at which they are strangers", 1e-6, unit="CIELAB units")
+    texture_scale: float = _option(
+        15.0, TOKENS, "difference of contrast within tokens at which they are strangers", 1e-6, unit="CIELAB units"
+    )
     position_scale: float = _option(0.7, TOKENS, "distance at which tokens are strangers", 1e-6, unit="longer sides of the image")
     edge_weight: float = _option(0.75, TOKENS, "length of a path across a colour step of 100", 0, unit="longer sides of the image")
-    path_scale: float = _option(0.4, TOKENS, "length of the path between tokens at which they are strangers", 1e-6, unit="longer sides of the image")
+    path_scale: float = _option(
+        0.4, TOKENS, "length of the path between tokens at which they are strangers", 1e-6, unit="longer sides of the image"
+    )
     point_radius: float = _option(0.19, POINTS, "standard deviation of the blob around a point", 1e-6, unit="longer sides of the image")
-    point_edge_weight: float = _option(0.45, POINTS, "how much the blob avoids edges: length of a path across a colour step of 100", 0, unit="longer sides of the image")
+    point_edge_weight: float = _option(
+        0.45, POINTS, "how much the blob avoids edges: length of a path across a colour step of 100", 0, unit="longer sides of the image"
+    )
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
@@ -102,7 +114,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             continue
         default = ",".join(map(str, item.default)) if isinstance(item.default, tuple) else item.default
         unit = f", in {data['unit']}" if data["unit"] else ""
-        kind = {"choices": ("source", "target")} if item.name == "mask_side" else {"type": data["read"], "metavar": "N" if data["read"] is int else "X"}
+        kind = (
+            {"choices": ("source", "target")}
+            if item.name == "mask_side"
+            else {"type": data["read"], "metavar": "N" if data["read"] is int else "X"}
+        )
         groups[data["group"]].add_argument(
             _option_name(item.name), default=item.default, help=f"{data['help']}{unit} (default {str(default).lower()})", **kind
         )

@@ -110,7 +110,9 @@ def features(grid: TokenGrid, settings: Settings) -> np.ndarray:
     rows, columns = grid.size
     y, x = np.meshgrid((np.arange(rows) + 0.5) / max(rows, columns), (np.arange(columns) + 0.5) / max(rows, columns), indexing="ij")
     place = np.stack([y, x], axis=-1) / settings.position_scale
-    z = np.concatenate([grid.colour / settings.colour_scale, grid.contrast[..., None] / settings.texture_scale, place], axis=-1).reshape(rows * columns, -1)
+    z = np.concatenate([grid.colour / settings.colour_scale, grid.contrast[..., None] / settings.texture_scale, place], axis=-1).reshape(
+        rows * columns, -1
+    )
     chosen = _farthest(z, settings.landmarks)
     appearance = np.stack([np.exp(-((z - z[k]) ** 2).sum(axis=1)) for k in chosen]).reshape(-1, rows, columns)
     paths = np.exp(-((path_lengths(grid, chosen, settings.edge_weight) / settings.path_scale) ** 2))
