@@ -88,5 +88,8 @@ def run(args: argparse.Namespace) -> int:
         if args.compare and summary.refinable:
             from . import compare
 
-            print(compare.compare(summary.refinable, classes, settings, device), flush=True)
+            try:
+                print(compare.compare(summary.refinable, classes, settings, device), flush=True)
+            except (RuntimeError, MemoryError) as error:
+                raise UsageError(f"--compare: the released algorithms cannot run here: {error}") from None
     return 1 if summary.failed or summary.stopped else 0

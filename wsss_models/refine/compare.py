@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ..errors import UsageError
 from . import runner
@@ -33,6 +34,7 @@ from .settings import Settings
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("box_mask", "affinity_random_walk", "par")
 _RUNS, _BUDGET = 3, 4.0  # runs of each side, and seconds after which an image is not repeated again
+_PATIENCE = 60.0  # seconds after which no further image is compared
 
 
 def _baseline(name: str) -> object:
@@ -133,25 +135,24 @@ def compare(jobs: Sequence[Job], classes: ClassTable, settings: Settings, device
         UsageError: the released algorithms are not there, or have not these parameters.
     """
     sides = (Operators.compiled(), eager_operators())
-    equal = pixels = 0
+    equal = pixels = images = 0
     times: dict[str, list[tuple[float, float]]] = {stage: [] for stage in STAGES if stage != "par" or settings.par_iter}
-    fewest = _RUNS
-    with tempfile.TemporaryDirectory() as folder:
-        files = []
-        for job in jobs:
-            inputs = runner.read_inputs(job, settings, classes, several=len(jobs) > 1)
-            files.append(Path(folder) / f"{len(files)}.npz")
-            np.savez(files[-1], image=inputs.image, cam=inputs.cam, features=inputs.features, values=inputs.values)
-            results = _alternate(inputs, settings, device, sides)
-            fewest = min(fewest, len(results))
-            equal += int((results[0][0].label == results[0][1].label).sum())
-            pixels += results[0][0].label.size
-            for stage, found in times.items():
-                found.append(tuple(statistics.median(pair[side].milliseconds.get(stage, 0.0) for pair in results) for side in (0, 1)))
-        largest = max(files, key=lambda file: file.stat().st_size)  # the files are not compressed
-        peaks = peak_memory(largest, settings, device)
+    fewest, largest, start = _RUNS, None, time.perf_counter()
+    for job in tqdm(jobs, desc="comparing with eager PyTorch", unit="image", leave=False, disable=None):
+        if time.perf_counter() - start > _PATIENCE:
+            break
+        inputs = runner.read_inputs(job, settings, classes, several=len(jobs) > 1)
+        results = _alternate(inputs, settings, device, sides)
+        images, fewest = images + 1, min(fewest, len(results))
+        equal += int((results[0][0].label == results[0][1].label).sum())
+        pixels += results[0][0].label.size
+        for stage, found in times.items():
+            found.append(tuple(statistics.median(pair[side].milliseconds.get(stage, 0.0) for pair in results) for side in (0, 1)))
+        if largest is None or inputs.size > largest.size:
+            largest = inputs
     means = {stage: tuple(statistics.fmean(pair[side] for pair in found) for side in (0, 1)) for stage, found in times.items()}
-    return Report(len(jobs), fewest, machine(device), equal / pixels, means, {stage: peaks[stage] for stage in times if stage in peaks})
+    peaks = peak_memory(largest, settings, device)
+    return Report(images, fewest, machine(device), equal / pixels, means, {stage: peaks[stage] for stage in times if stage in peaks})
 
 
 def _alternate(inputs: runner.Inputs, settings: Settings, device: torch.device, sides: tuple[Operators, Operators]) -> list[tuple]:
@@ -163,7 +164,7 @@ def _alternate(inputs: runner.Inputs, settings: Settings, device: torch.device, 
     return results
 
 
-def peak_memory(file: Path, settings: Settings, device: torch.device) -> dict[str, tuple[int, int]]:
+def peak_memory(inputs: runner.Inputs, settings: Settings, device: torch.device) -> dict[str, tuple[int, int]]:
     """Peak bytes above the inputs by stage, (ours, eager); empty where it cannot be measured.
 
     Measured in a process of its own, in which the allocator returns every larger block to the system at once, so that
@@ -171,10 +172,12 @@ def peak_memory(file: Path, settings: Settings, device: torch.device) -> dict[st
     """
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    request = {"file": str(file), "settings": asdict(settings), "device": str(device), "threads": torch.get_num_threads()}
-    child = subprocess.run(
-        [sys.executable, "-m", "wsss_models.refine.memory"], input=json.dumps(request), capture_output=True, text=True, env=environment
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "inputs.npz"
+        np.savez(file, image=inputs.image, cam=inputs.cam, features=inputs.features, values=inputs.values)
+        request = {"file": str(file), "settings": asdict(settings), "device": str(device), "threads": torch.get_num_threads()}
+        command = [sys.executable, "-m", "wsss_models.refine.memory"]
+        child = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, env=environment)
     if child.returncode != 0:
         print(f"wsss refine: memory could not be measured: {(child.stderr.strip().splitlines() or ['?'])[-1]}", file=sys.stderr)
         return {}

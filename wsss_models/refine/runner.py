@@ -36,6 +36,11 @@ class Inputs:
     values: list[int]
     milliseconds: dict[str, float]
 
+    @property
+    def size(self) -> int:
+        """Numbers in image, maps and features."""
+        return self.image.size + self.cam.size + self.features.size
+
 
 @dataclass
 class Summary:
