@@ -17,7 +17,7 @@ from PIL import Image
 
 from wsss_models import cli, demo
 from wsss_models.refine import Settings, arrays, outputs, points, refine as refine_arrays, tokens
-from wsss_models.refine.pictures import voc_palette
+from wsss_models.refine.pictures import overlay, voc_palette
 
 from .conftest import disc_cam, scene
 
@@ -74,6 +74,15 @@ def test_voc_palette():
     assert voc_palette()[[0, 1, 2, 3, 15, 20, 255]].tolist() == [
         [0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0], [192, 128, 128], [0, 64, 128], [224, 224, 192]
     ]  # fmt: skip
+
+
+def test_overlay_leaves_the_background_and_colours_the_classes():
+    image = np.full((4, 900, 3), 200, np.uint8)
+    label = np.zeros((4, 900), np.uint8)
+    label[:, 450:] = 1
+    seen = np.array(overlay(image, label))
+    assert (seen[:, :440] == 200).all() and (seen[:, 460:] == seen[0, 899]).all() and (seen[:, 450:452] == 255).all()
+    assert seen[0, 899, 0] > 200 and seen[0, 899, 1] < 100
 
 
 def test_what_is_done_is_skipped(refine, image, tmp_path, capsys):

@@ -13,7 +13,7 @@ from PIL import Image
 
 from wsss_models import cli
 from wsss_models.errors import InputError, UsageError
-from wsss_models.refine import arrays
+from wsss_models.refine import arrays, compare
 from wsss_models.refine.points import parse_point, read_points
 
 from .conftest import disc_cam, scene
@@ -171,6 +171,12 @@ def test_wrong_use(refine, image, tmp_path):
         code, err = refine(*arguments)
         assert code == 2 and message in err, (arguments, err)
         assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def test_compare_needs_the_source_tree(refine, image, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "ROOT", tmp_path)
+    code, err = refine(image, "--point", "disc:26,24", "--compare")
+    assert code == 2 and "--compare: expected the source tree" in err and not (tmp_path / "out").exists()
 
 
 def test_names_that_collide(refine, tmp_path):

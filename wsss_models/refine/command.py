@@ -81,13 +81,15 @@ def run(args: argparse.Namespace) -> int:
     from . import jobs, outputs, runner
 
     planned, classes = jobs.plan(args, args.out)
+    if args.compare:
+        from . import compare
+
+        compare.eager_operators()  # refuses now, not after the work, if they are not there
     outputs.prepare_folder(args.out)
     with runner.machine(args.device, args.backend, args.threads) as device:
         summary = runner.run(planned, classes, settings, args.out, device, overwrite=args.overwrite, pictures=not args.no_pictures)
         print(summary, flush=True)
         if args.compare and summary.refinable:
-            from . import compare
-
             try:
                 print(compare.compare(summary.refinable, classes, settings, device), flush=True)
             except (RuntimeError, MemoryError) as error:

@@ -45,10 +45,12 @@ def _boundary(label: np.ndarray, width: int) -> np.ndarray:
 
 def overlay(image: np.ndarray, label: np.ndarray, strength: float = 0.55) -> Image.Image:
     """The image with each class in its colour, and a white line around it."""
-    colour = np.stack([_vivid(value) for value in range(256)])[label]
-    mixed = np.where(label[..., None] > 0, (1 - strength) * image + strength * colour, image)
+    share = np.full(256, round(256 * strength), np.uint16)
+    share[0] = 0
+    colour = (np.stack([_vivid(value) for value in range(256)]) * share[:, None]).astype(np.uint16)
+    mixed = ((image * (256 - share)[label][..., None] + colour[label]) >> 8).astype(np.uint8)  # 16 bits: photographs can be large
     mixed[_boundary(label, max(1, round(max(label.shape) / 400)))] = 255
-    return Image.fromarray(mixed.round().astype(np.uint8))
+    return Image.fromarray(mixed)
 
 
 def cam_picture(image: np.ndarray, cam: np.ndarray, values: Sequence[int]) -> Image.Image:
