@@ -1,0 +1,231 @@
+"""Bad input of `wsss refine`: each names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import pickle
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from wsss_models import cli
+from wsss_models.errors import InputError, UsageError
+from wsss_models.refine import arrays, compare
+from wsss_models.refine.points import parse_point, read_points
+
+from .conftest import disc_cam, scene
+
+CAM = disc_cam()
+BAD_CAMS = {
+    "above 1": (CAM * 1.5, r"--cam .*a\.npy: expected values in 0…1, got .* … 1\.\d+ \(wsss_kernels\.normalize_cam"),
+    "below 0": (CAM - 0.5, r"expected values in 0…1, got -0\.\d+ … "),
+    "NaN": (np.where(CAM > 0.9, np.nan, CAM), r"expected values in 0…1, got \d+ NaN among 48"),
+    "infinite": (np.where(CAM > 0.9, np.inf, CAM), r"expected values in 0…1, got .* … inf"),
+    "integers": ((CAM * 255).astype(np.uint8), r"expected floating-point maps of shape K×h×w with values in 0…1, got uint8 of shape 1×6×8"),
+    "rank 4": (CAM[None], r"shape K×h×w .*, got float32 of shape 1×1×6×8"),
+    "rank 1": (CAM.ravel(), r"shape K×h×w .*, got float32 of shape 48"),
+    "empty": (CAM[:, :0], r"got float32 of shape 1×0×8"),
+    "number of classes": (np.repeat(CAM, 3, axis=0), r"--cam: expected 2 maps, one for each of --classes, got 3"),
+}
+BAD_FEATURES = {
+    "rank 2": (
+        np.zeros((6, 8), np.float32),
+        r"--features .*: expected floating-point maps of shape C×h×w or L×C×h×w, got float32 of shape 6×8",
+    ),
+    "integers": (np.zeros((4, 6, 8), np.int64), r"got int64 of shape 4×6×8"),
+    "infinite": (np.full((4, 6, 8), np.inf, np.float32), r"--features .*: expected finite values, got NaN or infinity"),
+    "another shape": (np.ones((4, 8, 6), np.float32), r"features: expected a grid of the same proportions as the CAM's 6×8, got 8×6"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CAMS)
+def test_bad_cams(refine, image, tmp_path, name):
+    array, message = BAD_CAMS[name]
+    np.save(tmp_path / "a.npy", array)
+    code, err = refine(image, "--cam", tmp_path / "a.npy", "--classes", "disc,ring")
+    assert code == 1 and re.search(message, err), err
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("name", BAD_FEATURES)
+def test_bad_features(refine, image, tmp_path, name):
+    array, message = BAD_FEATURES[name]
+    np.save(tmp_path / "cam.npy", np.repeat(np.repeat(CAM, 4, axis=1), 4, axis=2) if name == "another shape" else CAM)
+    np.save(tmp_path / "f.npy", np.repeat(np.repeat(array, 4, axis=1), 4, axis=2) if name == "another shape" else array)
+    code, err = refine(image, "--cam", tmp_path / "cam.npy", "--features", tmp_path / "f.npy")
+    assert code == 1 and re.search(message.replace("6×8, got 8×6", "24×32, got 32×24"), err), err
+
+
+def test_bad_layers(refine, image, tmp_path):
+    np.save(tmp_path / "f.npy", np.ones((2, 4, 6, 8), np.float32))
+    code, err = refine(image, "--point", "disc:26,24", "--features", tmp_path / "f.npy", "--first-layer", 2)
+    assert code == 1 and "expected more than first_layer = 2 layers, got 2" in err
+
+
+BAD_FILES = {
+    "a.npz": (b"not a zip file", "cannot be read"),
+    "a.npy": (b"\x93NUMPY\x01\x00v\x00", "cannot be read"),
+    "a.txt": (b"1 2 3", r"expected a \.npy or \.npz file"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_unreadable_arrays(tmp_path, name):
+    content, message = BAD_FILES[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=rf"--cam .*{re.escape(name)}: {message}"):
+        arrays.read_cam(tmp_path / name)
+
+
+def test_pickles_run_no_code(tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return open, (str(tmp_path / "written"), "w")
+
+    np.save(tmp_path / "a.npy", {"keys": np.array([1]), "cam": Hostile()}, allow_pickle=True)
+    with pytest.raises(InputError, match=r"only NumPy arrays are read from pickles"):
+        arrays.read_cam(tmp_path / "a.npy")
+    np.savez(tmp_path / "b.npz", cam=np.array([Hostile()], dtype=object))
+    with pytest.raises(InputError, match="cannot be read"):
+        arrays.read_cam(tmp_path / "b.npz")
+    (tmp_path / "c.npy").write_bytes(pickle.dumps(Hostile()))
+    with pytest.raises(InputError, match="cannot be read"):
+        arrays.read_cam(tmp_path / "c.npy")
+    assert not (tmp_path / "written").exists()
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (np.array(["a", "b"]), r"expected 1 names or integers in classes, one for each map, got <U1 of shape 2"),
+        (np.array([0.5]), r"one for each map, got float64 of shape 1"),
+        (np.array([255]), r"expected classes in 1…254 \(0 is background, 255 ignored\), got 255 … 255"),
+    ],
+)
+def test_bad_classes_in_a_cam_file(tmp_path, classes, message):
+    np.savez(tmp_path / "a.npz", cam=CAM, classes=classes)
+    with pytest.raises(InputError, match=message):
+        arrays.read_cam(tmp_path / "a.npz")
+    np.savez(tmp_path / "b.npz", maps=CAM)
+    with pytest.raises(InputError, match=r"expected an array named cam or attn_highres or high_res, got maps"):
+        arrays.read_cam(tmp_path / "b.npz")
+
+
+@pytest.mark.parametrize("text", ["cat", "cat:", "cat:1", "cat:1;2", ":1,2", "cat:a,b", "cat:1,2,3", "cat:nan,1", "255:1,2", "-1:1,2", ""])
+def test_malformed_points(refine, image, text):
+    with pytest.raises(UsageError, match="--point: expected"):
+        parse_point(text)
+    code, err = refine(image, f"--point={text}")
+    assert (code == 2 and "--point: expected" in err and repr(text) in err) or "255" in err or "-1" in err
+
+
+@pytest.mark.parametrize("place", ["64,0", "0,48", "-1,5", "1000,1000"])
+def test_points_outside_the_image(refine, image, place):
+    code, err = refine(image, "--point", f"disc:{place}")
+    assert code == 1 and f"point disc:{place}: expected x in 0…63 and y in 0…47 (pixels from the top left), got {place}" in err
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"a": []}', '{"a": {"b": 3}}', '{"a": {"b": [[1]]}}', '{"a": {"b": [[1, "2"]]}}', '{"a": {"b": [[true, 2]]}}']
+)
+def test_bad_points_files(tmp_path, content):
+    (tmp_path / "p.json").write_text(content)
+    with pytest.raises(UsageError, match=r"--points .*p\.json: (expected \{\"IMAGE\"|cannot be read as JSON)"):
+        read_points(tmp_path / "p.json")
+
+
+def two(tmp_path):
+    for name in ("a.png", "b.png"):
+        Image.fromarray(scene()[0]).save(tmp_path / name)
+    return tmp_path / "a.png", tmp_path / "b.png"
+
+
+def test_wrong_use(refine, image, tmp_path):
+    a, b = two(tmp_path)
+    np.save(tmp_path / "cam.npy", CAM)
+    (tmp_path / "p.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    point = ("--point", "disc:26,24")
+    calls = {
+        (image,): "expected one of --cam, --point (with one image) and --points, got none",
+        (image, *point, "--cam", tmp_path / "cam.npy"): "got --cam and --point",
+        (a, b, *point): "--point: expected one image, got 2",
+        (a, b, "--cam", tmp_path / "cam.npy"): "expected a folder with a file for each of 2 images, got one file",
+        (image, "--cam", tmp_path / "absent.npy"): "there is no such file or folder",
+        (tmp_path / "empty", "--points", tmp_path / "p.json"): "the folder holds no image",
+        (image, *point, "--classes", "cat,dog"): "expected one of the --classes cat, dog, got disc",
+        (image, *point, "--classes", "disc,disc"): "--classes: expected up to 254 different names",
+        (image, *point, "--device", "cuda:77"): "--device cuda:77: expected cpu or a CUDA device that is there",
+        (image, *point, "--backend", "cuda"): "--backend cuda: ",
+        (image, *point, "--threads", "0"): "--threads must be at least 1, got 0",
+        (image, *point, "--par-dilations", "0,1"): "--par-dilations must be at least 1, got 0,1",
+        (image, *point, "--par-dilations", "x"): "argument --par-dilations: invalid integers value: 'x'",
+        (image, *point, "--box-threshold", "2"): "--box-threshold must be between 0 and 1, got 2.0",
+        (image, *point, "--box-threshold", "nan"): "--box-threshold must be between 0 and 1, got nan",
+        (image, *point, "--unknown"): "unrecognized arguments: --unknown",
+    }
+    for arguments, message in calls.items():
+        code, err = refine(*arguments)
+        assert code == 2 and message in err, (arguments, err)
+        assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def test_compare_needs_the_source_tree(refine, image, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "ROOT", tmp_path)
+    code, err = refine(image, "--point", "disc:26,24", "--compare")
+    assert code == 2 and "--compare: expected the source tree" in err and not (tmp_path / "out").exists()
+
+
+def test_names_that_collide(refine, tmp_path):
+    two(tmp_path)
+    (tmp_path / "p.json").write_text("{}")
+    Image.fromarray(scene()[0]).save(tmp_path / "a.jpg")
+    Image.fromarray(scene()[0]).save(tmp_path / "a_overlay.png")
+    for other in ("a.jpg", "a_overlay.png"):
+        code, err = refine(tmp_path / "a.png", tmp_path / other, "--points", tmp_path / "p.json")
+        assert code == 2 and "two images would both write" in err and other in err
+    code, err = refine(tmp_path / "a.png", "--point", "disc:26,24", out=tmp_path)
+    assert code == 2 and "a.png would overwrite the image" in err
+
+
+@pytest.mark.parametrize("folder", ["file/inside", "file", "/proc/wsss"])
+def test_output_folder_that_cannot_be_written(refine, image, tmp_path, folder):
+    (tmp_path / "file").write_text("a file, not a folder")
+    code, err = refine(image, "--point", "disc:26,24", out=tmp_path / folder)
+    assert code == 2 and f"{folder}: expected a folder that can be written, got: " in err
+
+
+def test_images_without_a_label(refine, tmp_path):
+    a, b = two(tmp_path)
+    (tmp_path / "p.json").write_text(json.dumps({"a": {"disc": [[26, 24]]}, "b": {"background": [[1, 1]]}}))
+    code, err = refine(a, b, tmp_path / "absent.png", "--points", tmp_path / "p.json")
+    assert code == 1 and "b.png: expected a CAM or at least one point of an object, got none" in err
+    assert "absent.png: there is no such file" in err and (tmp_path / "out/a.json").exists()
+
+
+def test_class_names_in_files_of_many_images_need_an_order(refine, tmp_path):
+    a, b = two(tmp_path)
+    (tmp_path / "cams").mkdir()
+    for name in "ab":
+        np.savez(tmp_path / f"cams/{name}.npz", cam=CAM, classes=np.array(["disc"]))
+    code, err = refine(a, b, "--cam", tmp_path / "cams")
+    assert code == 1 and "say their order for all images with --classes" in err
+    assert refine(a, b, "--cam", tmp_path / "cams", "--classes", "disc")[0] == 0
+
+
+def test_missing_packages(refine, image, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in ("tqdm", "PIL") else find(name, *rest))
+    code, err = refine(image, "--point", "disc:26,24")
+    assert code == 2 and 'not installed: pillow, tqdm. Run: pip install "wsss_kernels[refine]"' in err
+
+
+def test_the_command_itself(capsys):
+    for arguments, code in ((["--help"], 0), (["refine", "--help"], 0), ([], 2), (["unknown"], 2), (["--version"], 0)):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(arguments)
+        assert stop.value.code == code
+    assert "--par-dilations" in capsys.readouterr().out

@@ -1,0 +1,1 @@
+"""Published methods of weakly supervised semantic segmentation, composed from the operators of `wsss_kernels`."""
