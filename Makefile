@@ -74,24 +74,26 @@ test: $(STAMPS)/built ctest ## the whole suite (slow tests excepted), at every i
 test-fast: $(STAMPS)/built ## the Python suite once, without the slow tests
 	$(PYTEST) -x -m "not slow"
 
-test-full: test asan ## `test`, the slow tests (installs in fresh environments) and `asan`
+test-full: test cpp asan ## `test`, the slow tests (installs in fresh environments) and `asan`
 	$(PYTEST) -m slow
 
 $(CMAKE_BUILD)/configured: CMakeLists.txt $(STAMPS)/installed
 	cmake -G Ninja -S . -B $(CMAKE_BUILD) -DPython3_EXECUTABLE=$$(command -v $(PY))
 	@touch $@
 
-cpp: $(CMAKE_BUILD)/configured ## the C++ tests, the operator library and the CUDA emulator library (CMake)
+cpp: $(CMAKE_BUILD)/configured ## with CMake: the operator library, the CUDA emulator library, the C++ tests
 	cmake --build $(CMAKE_BUILD)
 
-ctest: cpp ## the C++ tests
+ctest: $(CMAKE_BUILD)/configured ## the C++ tests, and the CUDA emulator library for the Python tests
+	cmake --build $(CMAKE_BUILD) --target cpp_tests wsss_emulator
 	ctest --test-dir $(CMAKE_BUILD) --output-on-failure --no-tests=ignore
 
 asan: $(STAMPS)/installed ## the operators' tests and the C++ tests under AddressSanitizer and UBSan
 	cmake -G Ninja -S . -B build/cmake-asan -DPython3_EXECUTABLE=$$(command -v $(PY)) -DWSSS_SANITIZE=address,undefined
-	cmake --build build/cmake-asan --target cpp_tests
+	cmake --build build/cmake-asan --target cpp_tests wsss_emulator
 	ASAN_OPTIONS=detect_leaks=0 ctest --test-dir build/cmake-asan --output-on-failure --no-tests=ignore
 	tests/asan.sh $(PY) $(MATRIX) tests/test_golden.py tests/test_determinism.py -m "not slow"
+	WSSS_CUDA_EMULATOR=$(CURDIR)/build/cmake-asan/libwsss_emulator.so tests/asan.sh $(PY) $(MATRIX) -m "not slow" -k cuda
 
 lint: $(STAMPS)/installed ## ruff, clang-format and mypy
 	$(PY) -m ruff check .

@@ -22,7 +22,6 @@ export ASAN_OPTIONS=detect_leaks=0:log_path=$reports/asan
 export UBSAN_OPTIONS=print_stacktrace=1:log_path=$reports/ubsan
 # Without PYTHONMALLOC=malloc, small arrays of Python would come from pools that the sanitizer cannot look into.
 export PYTHONMALLOC=malloc PYTHONPATH=$copy
-unset WSSS_CUDA_EMULATOR
 status=0
 LD_PRELOAD=$(${CXX:-g++} -print-file-name=libasan.so) "$python" -m pytest -q -p no:cacheprovider "$@" || status=$?
 if compgen -G "$reports/*" > /dev/null; then
