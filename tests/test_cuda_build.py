@@ -8,7 +8,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LOG = ROOT / "build/build.log"
 KERNEL = re.compile(
-    r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<arch>\d+)'.*?(?P<spill>\d+) bytes spill stores.*?Used (?P<registers>\d+) registers", re.S
+    r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<arch>\d+)'.*?(?P<spill>\d+) bytes spill stores.*?Used (?P<registers>\d+) registers",
+    re.S,
 )
 
 
@@ -33,7 +34,9 @@ ptxas info    : Used 40 registers, used 1 barriers"""
 def test_no_unexplained_spill():
     pages = "".join(page.read_text() for page in ROOT.glob("wsss_kernels/ops/*/README.md"))
     spilled = {f"{k['name']} sm_{k['arch']}: {k['spill']} bytes" for k in kernels() if int(k["spill"]) and not _explained(k["name"], pages)}
-    assert not spilled, "register spills that no operator's README explains (by the kernel's name beside the word spill):\n" + "\n".join(sorted(spilled))
+    assert not spilled, "register spills that no operator's README explains (by the kernel's name beside the word spill):\n" + "\n".join(
+        sorted(spilled)
+    )
 
 
 def _explained(mangled, pages):

@@ -13,10 +13,10 @@ from .contrastive import info_nce as info_nce, supervised_contrastive_loss as su
 from .criss_cross import CrissCrossAttention as CrissCrossAttention, criss_cross_attention as criss_cross_attention
 from .mpfp import MPFP as MPFP, mpfp as mpfp
 from .par import PAMR as PAMR, PAR as PAR, par as par
-from .random_walk import affinity_random_walk as affinity_random_walk, random_walk as random_walk
-from .sinkhorn import sinkhorn as sinkhorn, sinkhorn_scaling as sinkhorn_scaling
 from .purified_label import purified_label_loss as purified_label_loss
+from .random_walk import affinity_random_walk as affinity_random_walk, random_walk as random_walk
 from .similarity import text_similarity as text_similarity, text_similarity_pool as text_similarity_pool
+from .sinkhorn import sinkhorn as sinkhorn, sinkhorn_scaling as sinkhorn_scaling
 from .wasserstein import (
     uncertainty_info_nce as uncertainty_info_nce,
     uncertainty_similarity as uncertainty_similarity,
