@@ -7,6 +7,7 @@ from .affinity import (
     refining_map as refining_map,
     sigmoid_affinity as sigmoid_affinity,
 )
+from .affinity_loss import affinity_loss as affinity_loss
 from .box_mask import box_mask as box_mask, connected_components as connected_components
 from .cam import normalize_cam as normalize_cam
 from .contrastive import info_nce as info_nce, supervised_contrastive_loss as supervised_contrastive_loss
