@@ -12,6 +12,7 @@ from .box_mask import box_mask as box_mask, connected_components as connected_co
 from .cam import normalize_cam as normalize_cam
 from .contrastive import info_nce as info_nce, supervised_contrastive_loss as supervised_contrastive_loss
 from .criss_cross import CrissCrossAttention as CrissCrossAttention, criss_cross_attention as criss_cross_attention
+from .kmeans import kmeans as kmeans
 from .mpfp import MPFP as MPFP, mpfp as mpfp
 from .par import PAMR as PAMR, PAR as PAR, par as par
 from .random_walk import affinity_random_walk as affinity_random_walk, random_walk as random_walk
