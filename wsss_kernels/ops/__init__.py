@@ -7,10 +7,12 @@ from .affinity import (
     refining_map as refining_map,
     sigmoid_affinity as sigmoid_affinity,
 )
+from .affinity_loss import affinity_loss as affinity_loss
 from .box_mask import box_mask as box_mask, connected_components as connected_components
 from .cam import fuse_cams as fuse_cams, normalize_cam as normalize_cam
 from .contrastive import info_nce as info_nce, supervised_contrastive_loss as supervised_contrastive_loss
 from .criss_cross import CrissCrossAttention as CrissCrossAttention, criss_cross_attention as criss_cross_attention
+from .kmeans import kmeans as kmeans
 from .mpfp import MPFP as MPFP, mpfp as mpfp
 from .par import PAMR as PAMR, PAR as PAR, par as par
 from .purified_label import purified_label_loss as purified_label_loss

@@ -1,0 +1,26 @@
+// The affinity loss of one pair and its derivative (M4 Eq. 3.20-3.21), and the arguments of a pass over all pairs.
+#pragma once
+#include "wsss/pairs.h"
+
+namespace wsss {
+namespace affinity_loss {
+
+enum class Kind { kBalanced, kBce };
+
+// One image: features in rows of cells and in the padded layout of pairs.h. `label` numbers the classes and is -1 where a cell
+// is void. `y` and `x` are the coordinates of the cells, `radius` is negative where there is no limit.
+template <class T>
+struct Cells {
+  const T *rows, *label, *y, *x;
+  int64_t count, depth;
+  T radius;
+};
+
+// What a pass adds up: Σ over positive pairs, Σ over negative pairs, and how many there are of each.
+template <class T>
+struct PairSums {
+  T positive, negative, positives, negatives;
+};
+
+}  // namespace affinity_loss
+}  // namespace wsss

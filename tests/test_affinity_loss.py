@@ -1,0 +1,38 @@
+"""The affinity loss: golden vectors, and what the shared matrix cannot hold."""
+
+import pytest
+import torch
+from conftest import golden, load
+
+import wsss_kernels as wk
+from wsss_kernels import registry
+from wsss_kernels.testing import peak_memory, runnable_backends
+
+BACKENDS = [*runnable_backends(registry.spec("affinity_loss")), ("reference", "cpu")]
+
+
+@pytest.mark.parametrize("file", golden("affloss_*.npz"))
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_released_outputs(file, backend, device):
+    data = load(file)
+    cells = data["label"].numel()
+    for height in (1, 4, 20):
+        feature = data["feature"].reshape(1, -1, height, cells // height).to(device)
+        label = data["label"].reshape(1, height, cells // height).to(device)
+        for kind in ("balanced", "bce"):
+            loss = wk.affinity_loss(feature, label, kind=kind, ignore_index=data["ignore_index"], backend=backend)
+            assert float(loss) == pytest.approx(data[f"loss_{kind}"], rel=1e-8)
+
+
+def test_backward_stays_streaming():
+    feature, label = torch.randn(1, 8, 64, 64, requires_grad=True), torch.randint(3, (1, 64, 64))
+    if wk.explain("affinity_loss", feature, label).chosen == "reference":
+        pytest.skip("the reference stores the matrix of pairs")
+    peak, _ = peak_memory(lambda: torch.autograd.grad(wk.affinity_loss(feature, label), feature))
+    assert peak < 4096 * 4096 * 4 / 16
+
+
+def test_nan_is_not_hidden():
+    feature, label = torch.randn(1, 3, 4, 5), torch.zeros(1, 4, 5, dtype=torch.int64)
+    feature[0, 0, 1, 1] = float("nan")
+    assert all(bool(wk.affinity_loss(feature, label, kind=kind).isnan()) for kind in ("balanced", "bce"))

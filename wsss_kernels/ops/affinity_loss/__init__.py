@@ -1,0 +1,3 @@
+from .api import affinity_loss
+
+__all__ = ["affinity_loss"]

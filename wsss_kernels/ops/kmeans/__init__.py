@@ -1,0 +1,3 @@
+from .api import kmeans
+
+__all__ = ["kmeans"]
