@@ -4,12 +4,13 @@
 runs a call and why. Importing this module touches neither CUDA nor Triton.
 """
 
-from . import ops
+from . import distributed, ops
 from ._dispatch import BackendUnavailable, explain, use_backend
 from .ops import *
+from .patch import patch
 
 __version__ = "0.1.0"
-__all__ = ["BackendUnavailable", "explain", "info", "use_backend", *ops.__all__]  # noqa: F405
+__all__ = ["BackendUnavailable", "distributed", "explain", "info", "patch", "use_backend", *ops.__all__]  # noqa: F405
 
 
 def __getattr__(name: str):
