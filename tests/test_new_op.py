@@ -1,5 +1,6 @@
 """`make new-op`: the template is a complete operator."""
 
+import ast
 import shutil
 import subprocess
 import sys
@@ -36,6 +37,17 @@ def test_nothing_is_overwritten(tmp_path):
     with pytest.raises(ValueError, match="exists already"):
         new_op.create("leaky_gate", tree)
     assert (tree / "wsss_kernels/ops/__init__.py").read_text().count("from .leaky_gate import leaky_gate as leaky_gate") == 1
+
+
+@pytest.mark.parametrize("name", ["aaa", "nnn", "zzz"])
+def test_the_export_line_is_valid_and_sorted(tmp_path, name):
+    tree = copy_of_the_tree(tmp_path / "tree")
+    new_op.create(name, tree)
+    exports = tree / "wsss_kernels/ops/__init__.py"
+    names = {alias.name for node in ast.parse(exports.read_text()).body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert {name, "par", "window_attention"} <= names
+    modules = [node.module for node in ast.parse(exports.read_text()).body if isinstance(node, ast.ImportFrom)]
+    assert modules == sorted(modules)
 
 
 @pytest.mark.slow

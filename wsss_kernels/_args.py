@@ -51,6 +51,8 @@ def integer(op: str, name: str, value: object, minimum: int) -> int:
         raise TypeError(f"{op}: {name} must be an int, got {describe(value)}")
     if value.__index__() < minimum:
         raise ValueError(f"{op}: {name} must be at least {minimum}, got {value}")
+    if value.__index__() >= 2**31:
+        raise ValueError(f"{op}: {name} must be less than 2^31, got {value}")
     return value.__index__()
 
 

@@ -6,6 +6,7 @@ passes the whole test matrix. Replace it piece by piece: first the reference and
 
 from __future__ import annotations
 
+import ast
 import keyword
 import re
 import sys
@@ -241,9 +242,12 @@ def create(name: str, root: Path = ROOT) -> list[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     exports = root / "wsss_kernels/ops/__init__.py"
-    lines = exports.read_text().splitlines()
-    last = max(i for i, line in enumerate(lines) if line.startswith("from ."))
-    lines.insert(last + 1, f"from .{name} import {name} as {name}")
+    text = exports.read_text()
+    imports = [node for node in ast.parse(text).body if isinstance(node, ast.ImportFrom)]
+    lines = text.splitlines()
+    # in the order that the linter wants: before the first folder whose name comes later
+    at = next((node.lineno - 1 for node in imports if (node.module or "") > name), imports[-1].end_lineno)
+    lines.insert(at, f"from .{name} import {name} as {name}")
     exports.write_text("\n".join(lines) + "\n")
     return list(files)
 

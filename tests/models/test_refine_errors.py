@@ -122,6 +122,27 @@ def test_malformed_points(refine, image, text):
     assert (code == 2 and "--point: expected" in err and repr(text) in err) or "255" in err or "-1" in err
 
 
+def test_class_names_that_look_like_numbers():
+    assert parse_point("²:10,10").name == "²"
+    with pytest.raises(UsageError, match="expected a class name or an integer in 0…254"):
+        parse_point("9" * 5000 + ":1,1")
+
+
+@pytest.mark.parametrize("content", ['{"a": {"b": [[1' + "0" * 400 + ", 2]]}}", "[" * 100000])
+def test_points_files_beyond_reason(tmp_path, content):
+    (tmp_path / "p.json").write_text(content)
+    with pytest.raises(UsageError, match=r"--points .*p\.json: "):
+        read_points(tmp_path / "p.json")
+
+
+def test_a_name_that_cannot_be_written_fails_alone(refine, tmp_path):
+    a, b = two(tmp_path)
+    (tmp_path / "p.json").write_text(json.dumps({name: {"disc": [[26, 24]]} for name in ("a.png", "b.png")}))
+    (tmp_path / "out" / "a.png").mkdir(parents=True)
+    code, err = refine(a, b, "--points", tmp_path / "p.json", out=tmp_path / "out")
+    assert code == 1 and "a: cannot write" in err and (tmp_path / "out" / "b.json").is_file()
+
+
 @pytest.mark.parametrize("place", ["64,0", "0,48", "-1,5", "1000,1000"])
 def test_points_outside_the_image(refine, image, place):
     code, err = refine(image, "--point", f"disc:{place}")

@@ -36,7 +36,13 @@ def read_classes(text: str | None) -> list[str]:
     if text is None:
         return []
     names = list(VOC) if text == "voc" else [name.strip() for name in text.split(",")]
-    if not all(names) or len(set(names)) != len(names) or len(names) > 254 or BACKGROUND in names or any(name.isdigit() for name in names):
+    if (
+        not all(names)
+        or len(set(names)) != len(names)
+        or len(names) > 254
+        or BACKGROUND in names
+        or any(name.isascii() and name.isdigit() for name in names)
+    ):
         raise UsageError(f"--classes: expected up to 254 different names without {BACKGROUND}, comma-separated, got {text!r}")
     return names
 
@@ -52,7 +58,7 @@ class ClassTable:
         """Gives each name its pixel value; an integer is its own."""
         names = list(dict.fromkeys(names))
         for name in names:
-            if name.isdigit() and name not in self.value:
+            if name.isascii() and name.isdigit() and name not in self.value:
                 self.value[name] = int(name)
         for name in names:
             if name in self.value:
@@ -65,7 +71,7 @@ class ClassTable:
                 raise UsageError(f"{option}: expected at most 254 classes, got more")
 
     def name(self, value: int) -> str:
-        return next((name for name, v in self.value.items() if v == value and not name.isdigit()), f"class {value}")
+        return next((name for name, v in self.value.items() if v == value and not (name.isascii() and name.isdigit())), f"class {value}")
 
     def numbers(self, names: Iterable[str]) -> dict[str, int]:
         """The pixel values of what `--classes` names, or of these names."""

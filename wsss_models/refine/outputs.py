@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..errors import UsageError
+from ..errors import InputError, UsageError
 
 FORMAT = 1
 """Of the record; raised when the same inputs and parameters give another result."""
@@ -48,17 +48,20 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file that appears under its name only when everything is in it; a failure or an interrupt leaves nothing behind.
 
     Raises:
+        InputError: this name cannot be written; another one can.
         OutputError: the operating system refuses, with its reason.
     """
     temporary: str | None = None
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        handle, temporary = tempfile.mkstemp(prefix=".wsss.", suffix=".tmp", dir=path.parent)
         with os.fdopen(handle, "wb") as file:
             yield file
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
         temporary = None
     except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.EISDIR):
+            raise InputError(f"cannot write {path}: {error.strerror}") from error
         reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else (error.strerror or str(error))
         raise OutputError(f"cannot write {path}: {reason}") from error
     finally:

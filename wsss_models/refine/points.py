@@ -40,7 +40,8 @@ def parse_point(text: str) -> Point:
 
 def _point(name: str, x: float, y: float, option: str) -> Point:
     name = BACKGROUND if name == "0" else name
-    if name.lstrip("-").isdigit() and not 1 <= int(name) <= 254:
+    digits = name.lstrip("-")
+    if digits.isascii() and digits.isdigit() and (len(digits) > 3 or not 1 <= int(name) <= 254):
         raise UsageError(f"{option}: expected a class name or an integer in 0…254 (255 is ignored), got {name}")
     if not name:
         raise UsageError(f"{option}: expected a class before the colon, got an empty name")
@@ -51,7 +52,7 @@ def read_points(path: Path) -> dict[str, list[Point]]:
     """Reads `{"IMAGE": {"CLASS": [[X, Y], …], …}, …}`; IMAGE is a file name, with or without its suffix."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"--points {path}: cannot be read as JSON ({error})") from None
     expected = f'--points {path}: expected {{"IMAGE": {{"CLASS": [[X, Y], …]}}}}'
     if not isinstance(content, dict):
@@ -62,7 +63,9 @@ def read_points(path: Path) -> dict[str, list[Point]]:
             raise UsageError(f"{expected}, got {classes!r} for {image}")
         for place in (place for places in classes.values() for place in places):
             if not (
-                isinstance(place, list) and len(place) == 2 and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in place)
+                isinstance(place, list)
+                and len(place) == 2
+                and all(isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < 2**31 for v in place)
             ):
                 raise UsageError(f"{expected}, got {place!r} as a point of {image}")
         found[image] = [_point(name, float(x), float(y), f"--points {path}") for name, places in classes.items() for x, y in places]

@@ -87,6 +87,7 @@ def malformed() -> list[Malformed]:
         Malformed("float dilation", (image, mask, (1.5,)), {}, TypeError, "every dilation must be an int, got 1.5"),
         Malformed("dilations not a sequence", (image, mask, 3), {}, TypeError, "dilations must be a sequence of ints, got 3"),
         Malformed("negative iterations", (image, mask, (1,), -1), {}, ValueError, "num_iter must be at least 0, got -1"),
+        Malformed("endless iterations", (image, mask, (1,), 10**30), {}, ValueError, "num_iter must be less than 2\\^31, got 10"),
         Malformed("variant", (image, mask), {"variant": "pam"}, ValueError, "variant must be one of 'par', 'pamr', got 'pam'"),
         Malformed("resize", (image, mask), {"resize": "both"}, ValueError, "resize must be one of 'mask', 'image', None, got 'both'"),
         Malformed("NaN scale", (image, mask), {"w1": float("nan")}, ValueError, "w1 must be a positive finite number, got nan"),
