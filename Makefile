@@ -39,7 +39,8 @@ $(STAMPS)/torch: $(if $(VENV),$(VENV)/bin/python)
 	$(if $(VENV),$(PY) -m pip install "torch>=2.10" "setuptools>=77" "pybind11>=2.12" ninja)
 	@touch $@
 
-# Metadata first, then the libraries in place: a change in csrc recompiles only what it touches.
+# Metadata first, then the libraries in place: --force hands the
+# work to ninja, which recompiles only what a change in csrc touches.
 $(STAMPS)/installed: $(STAMPS)/torch pyproject.toml
 	$(if $(VENV),WSSS_BUILD=none $(PY) -m pip install --no-build-isolation -e ".[$(EXTRAS)]")
 	@touch $@

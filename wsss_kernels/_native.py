@@ -2,7 +2,8 @@
 
 Two libraries: `_C` (CPU operators, needs no CUDA) and `_cuda` (CUDA operators, loaded only under a CUDA PyTorch).
 Either may be absent (installed without a compiler) or broken (built for something else); both are states that
-`wsss_kernels.info()` explains, never an import error.
+`wsss_kernels.info()` explains. Only a library that is older than the Python files stops the import: its operators would be
+called with other arguments than they were compiled for.
 """
 
 from __future__ import annotations
