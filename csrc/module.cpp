@@ -19,10 +19,12 @@ extern "C" __attribute__((visibility("default"))) int64_t wsss_workspace_peak(bo
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native part of wsss_kernels. Importing it registers the operators wsss::*.";
-  m.def("cpu_capability", [] { return wsss::cpu_level_name(wsss::cpu_level()); },
-        "Instruction-set level of the CPU kernels: default, avx2 or avx512.");
+  m.def(
+      "cpu_capability", [] { return wsss::cpu_level_name(wsss::cpu_level()); },
+      "Instruction-set level of the CPU kernels: default, avx2 or avx512.");
   m.def("build_info", [] { return WSSS_BUILD_INFO; }, "Compiler and PyTorch that built this module.");
   m.def("paths", [] { return wsss::path_log().names; }, "Launch paths taken so far (for the path coverage test).");
-  m.def("workspace_peak", [](bool reset) { return wsss_workspace_peak(reset); }, pybind11::arg("reset") = false,
-        "Peak bytes of kernel workspace since the last reset.");
+  m.def(
+      "workspace_peak", [](bool reset) { return wsss_workspace_peak(reset); }, pybind11::arg("reset") = false,
+      "Peak bytes of kernel workspace since the last reset.");
 }

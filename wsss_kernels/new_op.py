@@ -246,7 +246,7 @@ def create(name: str, root: Path = ROOT) -> list[Path]:
     imports = [node for node in ast.parse(text).body if isinstance(node, ast.ImportFrom)]
     lines = text.splitlines()
     # in the order that the linter wants: before the first folder whose name comes later
-    at = next((node.lineno - 1 for node in imports if (node.module or "") > name), imports[-1].end_lineno)
+    at = next((node.lineno - 1 for node in imports if (node.module or "") > name), imports[-1].end_lineno or len(lines))
     lines.insert(at, f"from .{name} import {name} as {name}")
     exports.write_text("\n".join(lines) + "\n")
     return list(files)

@@ -52,7 +52,7 @@ class PatchReport:
         """Restores the original modules, which share their parameters with the replacements. A second call does nothing."""
         while self._originals:
             parent, name, module = self._originals.pop()
-            module.train(parent._modules[name].training)
+            module.train(getattr(parent, name).training)
             parent._modules[name] = module
 
     def __str__(self) -> str:
@@ -93,15 +93,16 @@ def _refinement(module: nn.Module, ours: type[nn.Module], *dilation_paths: str) 
 
 def _criss_cross(module: nn.Module) -> list[tuple[dict, nn.Module]]:
     parts = [getattr(module, name, None) for name in ("query_conv", "key_conv", "value_conv")]
+    convolutions = [part for part in parts if isinstance(part, nn.Conv2d)]
     gamma = getattr(module, "gamma", None)
-    if not all(isinstance(part, nn.Conv2d) for part in parts) or not isinstance(gamma, nn.Parameter) or gamma.numel() != 1:
+    if len(convolutions) != len(parts) or not isinstance(gamma, nn.Parameter) or gamma.numel() != 1:
         raise _Unsuitable("it has not the parameters of the released module")
-    in_dim = parts[2].in_channels
+    in_dim = convolutions[2].in_channels
     replacement = CrissCrossAttention(in_dim)
     shapes = {name: p.shape for name, p in module.named_parameters()}
     if shapes != {name: p.shape for name, p in replacement.named_parameters()}:
         raise _Unsuitable("its parameters have other shapes than those of the released module")
-    replacement.query_conv, replacement.key_conv, replacement.value_conv = parts
+    replacement.query_conv, replacement.key_conv, replacement.value_conv = convolutions
     replacement.gamma = gamma
     return [({"in_dim": in_dim}, replacement)]
 
@@ -131,8 +132,8 @@ def _difference(kind: str, options: dict, module: nn.Module, replacement: nn.Mod
     like = next(iter([*module.parameters(), *module.buffers()]))
     with torch.no_grad():
         if kind == "CrissCrossAttention":  # its gamma starts at 0, where every attention looks alike
-            first.gamma.fill_(1.0)
-            second.gamma.fill_(1.0)
+            first.get_parameter("gamma").fill_(1.0)
+            second.get_parameter("gamma").fill_(1.0)
         inputs = _inputs(kind, options, like)
         wanted, given = first(*inputs), second.to(like.device)(*inputs)
     if wanted.shape != given.shape:

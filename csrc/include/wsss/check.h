@@ -16,7 +16,7 @@ template <class... A>
 
 }  // namespace wsss
 
-#define WSSS_CHECK(condition, ...)                              \
-  do {                                                          \
+#define WSSS_CHECK(condition, ...)                                 \
+  do {                                                             \
     if (!(condition)) ::wsss::fail("wsss_kernels: ", __VA_ARGS__); \
   } while (0)

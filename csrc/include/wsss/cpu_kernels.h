@@ -3,8 +3,9 @@
 //   #define WSSS_CPU_KERNELS "ops/par/par_cpu.inc"
 //   #include "wsss/cpu_kernels.h"
 // No include guard: one translation unit may compile several kernel files.
-// The .inc sees WSSS_LEVEL (0, 1, 2) and WSSS_LANES (floats per vector register), includes nothing itself, and marks its
-// functions static. Loops must not call non-inlined templates of the standard library: those are compiled for the baseline.
+// The .inc sees WSSS_LEVEL (0, 1, 2) and WSSS_LANES (floats per vector register), includes nothing itself, and marks
+// its functions static. Loops must not call non-inlined templates of the standard library: those are compiled for the
+// baseline.
 namespace base {
 #define WSSS_LEVEL 0
 #define WSSS_LANES 4

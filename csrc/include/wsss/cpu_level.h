@@ -16,7 +16,8 @@ namespace wsss {
 
 inline const char* cpu_level_name(int level) { return level == 2 ? "avx512" : level == 1 ? "avx2" : "default"; }
 
-// WSSS_CPU_CAPABILITY=default|avx2|avx512 lowers the level (never raises it), so that all three are testable on one machine.
+// WSSS_CPU_CAPABILITY=default|avx2|avx512 lowers the level (never raises it), so that all three are testable on one
+// machine.
 inline int cpu_level() {
   static const int level = [] {
     int hardware = 0;

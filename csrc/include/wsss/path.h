@@ -27,8 +27,8 @@ inline void report_path(std::atomic<bool>& seen, const char* name) {
 
 }  // namespace wsss
 
-#define WSSS_PATH(name)                          \
-  do {                                           \
-    static std::atomic<bool> wsss_seen_{false};  \
-    ::wsss::report_path(wsss_seen_, name);       \
+#define WSSS_PATH(name)                         \
+  do {                                          \
+    static std::atomic<bool> wsss_seen_{false}; \
+    ::wsss::report_path(wsss_seen_, name);      \
   } while (0)

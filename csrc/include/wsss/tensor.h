@@ -46,7 +46,8 @@ void for_float_type(const char* op, const Tensor& t, const F& body) {
   switch (t.scalar_type()) {
     case ScalarType::Float: return body(float{});
     case ScalarType::Double: return body(double{});
-    default: fail("wsss_kernels: ", op, ": float32 or float64 expected, got ", torch::headeronly::toString(t.scalar_type()));
+    default:
+      fail("wsss_kernels: ", op, ": float32 or float64 expected, got ", torch::headeronly::toString(t.scalar_type()));
   }
 }
 

@@ -23,10 +23,15 @@ WSSS_PICK(backward_block)
 // One image in the layout of the kernels.
 template <class T>
 struct Image {
-  Image(const T* feature, const int64_t* label, const std::vector<int64_t>& names, int64_t ignore_index, int64_t depth_, int64_t h,
-        int64_t w, int64_t radius_)
-      : count(h * w), depth(depth_), radius(radius_), rows(pair_padded(count) * pair_stride(depth)), id(pair_padded(count)),
-        y(id.size()), x(id.size()) {
+  Image(const T* feature, const int64_t* label, const std::vector<int64_t>& names, int64_t ignore_index, int64_t depth_,
+        int64_t h, int64_t w, int64_t radius_)
+      : count(h * w),
+        depth(depth_),
+        radius(radius_),
+        rows(pair_padded(count) * pair_stride(depth)),
+        id(pair_padded(count)),
+        y(id.size()),
+        x(id.size()) {
     parallel_for(0, pair_padded(count) / kPairStrip, 1, [&](int64_t b, int64_t e) {
       cell_rows(T{})(feature, count, depth, b * kPairStrip, e * kPairStrip, rows.data());
     });
@@ -44,10 +49,14 @@ struct Image {
 // A call's tensors, contiguous, and what it asks for.
 struct Call {
   Call(const Tensor& feature_, const Tensor& label_, const std::string& kind_, int64_t radius_, int64_t ignore_index_)
-      : feature(torch::stable::contiguous(feature_)), label(torch::stable::contiguous(label_)),
-        kind(kind_ == "bce" ? Kind::kBce : Kind::kBalanced), radius(radius_), ignore_index(ignore_index_) {
-    WSSS_CHECK(feature.dim() == 4 && label.dim() == 3 && label.scalar_type() == ScalarType::Long && feature.size(0) == label.size(0) &&
-                   feature.size(2) == label.size(1) && feature.size(3) == label.size(2) && feature.size(1) > 0,
+      : feature(torch::stable::contiguous(feature_)),
+        label(torch::stable::contiguous(label_)),
+        kind(kind_ == "bce" ? Kind::kBce : Kind::kBalanced),
+        radius(radius_),
+        ignore_index(ignore_index_) {
+    WSSS_CHECK(feature.dim() == 4 && label.dim() == 3 && label.scalar_type() == ScalarType::Long &&
+                   feature.size(0) == label.size(0) && feature.size(2) == label.size(1) &&
+                   feature.size(3) == label.size(2) && feature.size(1) > 0,
                "affinity_loss: feature B×d×h×w and int64 label B×h×w expected");
     const int64_t* given = in<int64_t>(label);
     names.assign(given, given + label.numel());
@@ -58,8 +67,8 @@ struct Call {
   int64_t cells() const { return feature.size(2) * feature.size(3); }
   template <class T>
   Image<T> image(int64_t b) const {
-    return Image<T>(in<T>(feature) + b * feature.size(1) * cells(), in<int64_t>(label) + b * cells(), names, ignore_index, feature.size(1),
-                    feature.size(2), feature.size(3), radius);
+    return Image<T>(in<T>(feature) + b * feature.size(1) * cells(), in<int64_t>(label) + b * cells(), names,
+                    ignore_index, feature.size(1), feature.size(2), feature.size(3), radius);
   }
   Tensor feature, label;
   Kind kind;
@@ -86,9 +95,11 @@ static void add_image(const Image<T>& image, Kind kind, double* sums) {
   for (int64_t i = 0; i < 4 * blocks; ++i) sums[i % 4] += parts[i];
 }
 
-static std::tuple<Tensor, Tensor> fwd(const Tensor& feature, const Tensor& label, std::string kind, int64_t radius, int64_t ignore_index) {
+static std::tuple<Tensor, Tensor> fwd(const Tensor& feature, const Tensor& label, std::string kind, int64_t radius,
+                                      int64_t ignore_index) {
   const Call call(feature, label, kind, radius, ignore_index);
-  Tensor loss = new_empty(feature, std::vector<int64_t>{}), counts = new_empty(feature, std::vector<int64_t>{2}, ScalarType::Double);
+  Tensor loss = new_empty(feature, std::vector<int64_t>{}),
+         counts = new_empty(feature, std::vector<int64_t>{2}, ScalarType::Double);
   for_float_type("affinity_loss", feature, [&](auto tag) {
     using T = decltype(tag);
     WSSS_PATH("affinity_loss.cpu");
@@ -103,11 +114,13 @@ static std::tuple<Tensor, Tensor> fwd(const Tensor& feature, const Tensor& label
   return {loss, counts};
 }
 
-static Tensor bwd(const Tensor& feature, const Tensor& label, const Tensor& counts, const Tensor& grad, std::string kind, int64_t radius,
-                  int64_t ignore_index) {
+static Tensor bwd(const Tensor& feature, const Tensor& label, const Tensor& counts, const Tensor& grad,
+                  std::string kind, int64_t radius, int64_t ignore_index) {
   const Call call(feature, label, kind, radius, ignore_index);
-  WSSS_CHECK(counts.numel() == 2 && counts.scalar_type() == ScalarType::Double && grad.numel() == 1, "affinity_loss_bwd: two counts and a gradient of one element expected");
-  Tensor result = new_empty(feature, std::vector<int64_t>{feature.size(0), feature.size(1), feature.size(2), feature.size(3)});
+  WSSS_CHECK(counts.numel() == 2 && counts.scalar_type() == ScalarType::Double && grad.numel() == 1,
+             "affinity_loss_bwd: two counts and a gradient of one element expected");
+  Tensor result =
+      new_empty(feature, std::vector<int64_t>{feature.size(0), feature.size(1), feature.size(2), feature.size(3)});
   const Tensor kept = torch::stable::contiguous(counts);
   const double positives = in<double>(kept)[0], negatives = in<double>(kept)[1];
   for_float_type("affinity_loss", feature, [&](auto tag) {
@@ -123,8 +136,8 @@ static Tensor bwd(const Tensor& feature, const Tensor& label, const Tensor& coun
       parallel_for(0, ceil_div(image.count, block), 1, [&](int64_t i, int64_t e) {
         Buffer<T> strips(image.depth * block), tile(kPairRows * block), sums(pair_round(image.depth) * block);
         for (; i < e; ++i)
-          backward_block(T{})(image.cells(), call.kind, i * block, block, weight_positive, weight_negative, strips.data(), tile.data(),
-                              sums.data(), gradient);
+          backward_block(T{})(image.cells(), call.kind, i * block, block, weight_positive, weight_negative,
+                              strips.data(), tile.data(), sums.data(), gradient);
       });
     }
   });
@@ -136,7 +149,9 @@ static Tensor bwd(const Tensor& feature, const Tensor& label, const Tensor& coun
 
 STABLE_TORCH_LIBRARY_FRAGMENT(wsss, m) {
   m.def("affinity_loss_fwd(Tensor feature, Tensor label, str kind, int radius, int ignore_index) -> (Tensor, Tensor)");
-  m.def("affinity_loss_bwd(Tensor feature, Tensor label, Tensor counts, Tensor grad, str kind, int radius, int ignore_index) -> Tensor");
+  m.def(
+      "affinity_loss_bwd(Tensor feature, Tensor label, Tensor counts, Tensor grad, str kind, int radius, int "
+      "ignore_index) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(wsss, CPU, m) {

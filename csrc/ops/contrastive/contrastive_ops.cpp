@@ -13,8 +13,8 @@ namespace contrastive {
 #define WSSS_CPU_KERNELS "ops/contrastive/contrastive_cpu.inc"
 #include "wsss/cpu_kernels.h"
 
-#define WSSS_PICK(name)                                        \
-  static auto name(float) { return WSSS_CPU(name##_f32); }     \
+#define WSSS_PICK(name)                                    \
+  static auto name(float) { return WSSS_CPU(name##_f32); } \
   static auto name(double) { return WSSS_CPU(name##_f64); }
 WSSS_PICK(unit)
 WSSS_PICK(pack)
@@ -33,9 +33,8 @@ constexpr int64_t kUnitGrain = 256;
 template <class T>
 struct Side {
   Side(const T* x, int64_t count, int64_t depth) : rows(pair_padded(count) * pair_stride(depth)), norm(count) {
-    parallel_for(0, pair_padded(count), kUnitGrain, [&](int64_t b, int64_t e) {
-      unit(T{})(x, b, e, count, depth, rows.data(), norm.data());
-    });
+    parallel_for(0, pair_padded(count), kUnitGrain,
+                 [&](int64_t b, int64_t e) { unit(T{})(x, b, e, count, depth, rows.data(), norm.data()); });
   }
   Buffer<T> rows, norm;
 };
@@ -43,7 +42,8 @@ struct Side {
 // Labels as numbers 0, 1, ... and how many anchors have each.
 template <class T>
 struct Classes {
-  Classes(const int64_t* label, const std::vector<int64_t>& order) : id(pair_padded(int64_t(order.size()))), size(id.size()) {
+  Classes(const int64_t* label, const std::vector<int64_t>& order)
+      : id(pair_padded(int64_t(order.size()))), size(id.size()) {
     std::vector<int64_t> names(order.size());
     for (size_t i = 0; i < order.size(); ++i) names[i] = label[order[i]];
     std::sort(names.begin(), names.end());
@@ -88,7 +88,8 @@ template <class T>
 struct Anchors {
   Anchors(const Tensor& z, const Tensor& label, int64_t ignore_index) : input(torch::stable::contiguous(z)) {
     const Tensor names = torch::stable::contiguous(label);
-    WSSS_CHECK(z.dim() == 2 && label.dim() == 1 && label.size(0) == z.size(0) && label.scalar_type() == ScalarType::Long && z.size(1) > 0,
+    WSSS_CHECK(z.dim() == 2 && label.dim() == 1 && label.size(0) == z.size(0) &&
+                   label.scalar_type() == ScalarType::Long && z.size(1) > 0,
                "supervised_contrastive_loss: z N×d and int64 labels N expected");
     depth = z.size(1);
     const int64_t* given = in<int64_t>(names);
@@ -127,7 +128,8 @@ static double supcon_loss(const Anchors<T>& anchors, double temperature, bool me
   const auto kernel = supcon_forward(T{});
   parallel_for(0, padded / block, 1, [&](int64_t b, int64_t e) {
     Buffer<T> strips(anchors.depth * block), tile(kPairRows * block);
-    for (int64_t i = b; i < e; ++i) kernel(anchors.pairs(temperature), i * block, block, scores, strips.data(), tile.data());
+    for (int64_t i = b; i < e; ++i)
+      kernel(anchors.pairs(temperature), i * block, block, scores, strips.data(), tile.data());
   });
   std::copy_n(top.data(), n, out<T>(stats));
   std::copy_n(total.data(), n, out<T>(stats) + n);
@@ -168,16 +170,16 @@ static double supcon_gradient(const Anchors<T>& anchors, double temperature, dou
   parallel_for(0, padded / block, 1, [&](int64_t b, int64_t e) {
     Buffer<T> strips(d * block), tile(kPairRows * block), sums(pair_round(d) * block), row(d);
     for (int64_t i = b; i < e; ++i)
-      kernel(anchors.pairs(temperature), i * block, block, weights, factor, anchors.side[0].norm.data(), strips.data(), tile.data(),
-             sums.data(), row.data(), dx, along.data());
+      kernel(anchors.pairs(temperature), i * block, block, weights, factor, anchors.side[0].norm.data(), strips.data(),
+             tile.data(), sums.data(), row.data(), dx, along.data());
   });
   if (compact.size())
     for (int64_t i = 0; i < n; ++i) std::copy_n(dx + i * d, d, dz + anchors.order[size_t(i)] * d);
   return std::accumulate(along.data(), along.data() + n, 0.);
 }
 
-static std::tuple<Tensor, Tensor> supcon_bwd(const Tensor& z, const Tensor& label, const Tensor& temperature, const Tensor& stats,
-                                             const Tensor& grad, bool mean, int64_t ignore_index) {
+static std::tuple<Tensor, Tensor> supcon_bwd(const Tensor& z, const Tensor& label, const Tensor& temperature,
+                                             const Tensor& stats, const Tensor& grad, bool mean, int64_t ignore_index) {
   const double tau = scalar(temperature);
   Tensor dtau = new_empty(temperature, Size{}), dz = new_empty(z, Size{z.size(0), z.size(1)});
   *out<double>(dtau) = 0.;
@@ -198,8 +200,11 @@ static std::tuple<Tensor, Tensor> supcon_bwd(const Tensor& z, const Tensor& labe
 template <class T>
 struct Batch {
   Batch(const Tensor& x, const Tensor& y, const Tensor& label)
-      : count(x.size(0)), depth(x.size(1)), a(in<T>(torch::stable::contiguous(x)), count, depth),
-        b(in<T>(torch::stable::contiguous(y)), count, depth), classes(in<int64_t>(torch::stable::contiguous(label)), all_of(count)) {}
+      : count(x.size(0)),
+        depth(x.size(1)),
+        a(in<T>(torch::stable::contiguous(x)), count, depth),
+        b(in<T>(torch::stable::contiguous(y)), count, depth),
+        classes(in<int64_t>(torch::stable::contiguous(label)), all_of(count)) {}
   Pairs<T> pairs(double temperature) const {
     return {a.rows.data(), b.rows.data(), classes.id.data(), count, depth, T(1. / temperature)};
   }
@@ -210,7 +215,8 @@ struct Batch {
 
 static void check_batch(const Tensor& x, const Tensor& y, const Tensor& label) {
   WSSS_CHECK(x.dim() == 2 && y.dim() == 2 && x.size(0) == y.size(0) && x.size(1) == y.size(1) && x.size(1) > 0 &&
-                 x.scalar_type() == y.scalar_type() && label.numel() == x.size(0) && label.scalar_type() == ScalarType::Long,
+                 x.scalar_type() == y.scalar_type() && label.numel() == x.size(0) &&
+                 label.scalar_type() == ScalarType::Long,
              "info_nce: x and y of one shape N×d and int64 labels N expected");
 }
 
@@ -225,8 +231,8 @@ static double infonce_loss(const Batch<T>& batch, double temperature, T* stats) 
   parallel_for(0, groups, 1, [&](int64_t b, int64_t e) {
     Buffer<T> strips(batch.depth * block), tile(kPairRows * block);
     for (int64_t g = b; g < e; ++g)
-      kernel(batch.pairs(temperature), g * blocks / groups * block, (g + 1) * blocks / groups * block, scores, row_top.data() + g * n,
-             row_total.data() + g * n, strips.data(), tile.data());
+      kernel(batch.pairs(temperature), g * blocks / groups * block, (g + 1) * blocks / groups * block, scores,
+             row_top.data() + g * n, row_total.data() + g * n, strips.data(), tile.data());
   });
   double sum = 0.;
   for (int64_t i = 0; i < n; ++i) {
@@ -242,8 +248,8 @@ static double infonce_loss(const Batch<T>& batch, double temperature, T* stats) 
   return sum / 2.;
 }
 
-static std::tuple<Tensor, Tensor> infonce_fwd(const Tensor& x, const Tensor& y, const Tensor& label, const Tensor& temperature,
-                                              bool mean) {
+static std::tuple<Tensor, Tensor> infonce_fwd(const Tensor& x, const Tensor& y, const Tensor& label,
+                                              const Tensor& temperature, bool mean) {
   check_batch(x, y, label);
   Tensor loss = new_empty(x, Size{}), stats = new_empty(x, Size{4, x.size(0)});
   for_float_type("info_nce", x, [&](auto tag) {
@@ -278,16 +284,19 @@ static void infonce_gradients(const Batch<T>& batch, double temperature, const T
     });
     parallel_for(0, ceil_div(n, kPairRows), 1, [&](int64_t t, int64_t e) {
       for (int64_t j = t * kPairRows; j < std::min(n, e * kPairRows); j += kPairRows)
-        infonce_weights(T{})(pairs, j, std::min(kPairRows, n - j), chunk, width, rows, columns, strips.data(), weights.data() + j * kPairLine);
+        infonce_weights(T{})(pairs, j, std::min(kPairRows, n - j), chunk, width, rows, columns, strips.data(),
+                             weights.data() + j * kPairLine);
     });
     parallel_for(0, ceil_div(d, kPairStrip), 1, [&](int64_t c, int64_t e) {
-      for (; c < e; ++c) infonce_products(T{})(pairs, chunk, width, c * kPairStrip, weights.data(), dx.data(), dy.data());
+      for (; c < e; ++c)
+        infonce_products(T{})(pairs, chunk, width, c * kPairStrip, weights.data(), dx.data(), dy.data());
     });
   }
 }
 
-static std::tuple<Tensor, Tensor, Tensor> infonce_bwd(const Tensor& x, const Tensor& y, const Tensor& label, const Tensor& temperature,
-                                                      const Tensor& stats, const Tensor& grad, bool mean) {
+static std::tuple<Tensor, Tensor, Tensor> infonce_bwd(const Tensor& x, const Tensor& y, const Tensor& label,
+                                                      const Tensor& temperature, const Tensor& stats,
+                                                      const Tensor& grad, bool mean) {
   check_batch(x, y, label);
   const int64_t n = x.size(0), d = x.size(1);
   const double tau = scalar(temperature);
@@ -316,9 +325,13 @@ static std::tuple<Tensor, Tensor, Tensor> infonce_bwd(const Tensor& x, const Ten
 
 STABLE_TORCH_LIBRARY_FRAGMENT(wsss, m) {
   m.def("supcon_fwd(Tensor z, Tensor label, Tensor temperature, bool mean, int ignore_index) -> (Tensor, Tensor)");
-  m.def("supcon_bwd(Tensor z, Tensor label, Tensor temperature, Tensor stats, Tensor grad, bool mean, int ignore_index) -> (Tensor, Tensor)");
+  m.def(
+      "supcon_bwd(Tensor z, Tensor label, Tensor temperature, Tensor stats, Tensor grad, bool mean, int ignore_index) "
+      "-> (Tensor, Tensor)");
   m.def("infonce_fwd(Tensor x, Tensor y, Tensor label, Tensor temperature, bool mean) -> (Tensor, Tensor)");
-  m.def("infonce_bwd(Tensor x, Tensor y, Tensor label, Tensor temperature, Tensor stats, Tensor grad, bool mean) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "infonce_bwd(Tensor x, Tensor y, Tensor label, Tensor temperature, Tensor stats, Tensor grad, bool mean) -> "
+      "(Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(wsss, CPU, m) {

@@ -1,4 +1,5 @@
-// Distance and similarity of two Gaussians from inner products (M1 Eq. 1-5), and their derivatives, shared by all backends.
+// Distance and similarity of two Gaussians from inner products (M1 Eq. 1-5), and their derivatives, shared by all
+// backends.
 #pragma once
 #include "wsss/pairs.h"
 
@@ -31,7 +32,8 @@ WSSS_PAIR_MATH T semantic_square(T unit_x, T unit_y, T cosine) {
   return d < T(1e-12) ? T(1e-12) : d;
 }
 
-// Arguments of the passes. x and y: centred [mu, sigma]; sx and sy: normalised semantic rows; all in the layout of pairs.h.
+// Arguments of the passes. x and y: centred [mu, sigma]; sx and sy: normalised semantic rows; all in the layout of
+// pairs.h.
 template <class T>
 struct Sides {
   const T *x, *y, *norm_x, *norm_y;

@@ -35,10 +35,12 @@ constexpr int64_t kGrain = 64;
 // The tensors of one side. `sem` has no columns where only distances are wanted.
 struct Side {
   Side(const Tensor& sem_, const Tensor& mu_, const Tensor& sigma_)
-      : sem(torch::stable::contiguous(sem_)), mu(torch::stable::contiguous(mu_)), sigma(torch::stable::contiguous(sigma_)) {
-    WSSS_CHECK(sem.dim() == 2 && mu.dim() == 2 && sigma.dim() == 2 && mu.size(0) == sigma.size(0) && mu.size(1) == sigma.size(1) &&
-                   sem.size(0) == mu.size(0) && mu.size(1) > 0 && sem.scalar_type() == mu.scalar_type() &&
-                   sigma.scalar_type() == mu.scalar_type(),
+      : sem(torch::stable::contiguous(sem_)),
+        mu(torch::stable::contiguous(mu_)),
+        sigma(torch::stable::contiguous(sigma_)) {
+    WSSS_CHECK(sem.dim() == 2 && mu.dim() == 2 && sigma.dim() == 2 && mu.size(0) == sigma.size(0) &&
+                   mu.size(1) == sigma.size(1) && sem.size(0) == mu.size(0) && mu.size(1) > 0 &&
+                   sem.scalar_type() == mu.scalar_type() && sigma.scalar_type() == mu.scalar_type(),
                "wasserstein: semantic rows N×D, mu and sigma N×d of one dtype expected");
   }
   int64_t count() const { return mu.size(0); }
@@ -51,8 +53,12 @@ struct Side {
 template <class T>
 struct Prepared {
   Prepared(const Side& side, const double* centre)
-      : count(side.count()), rows(padded() * pair_stride(2 * side.depth())), norm(padded()),
-        semantic(side.semantic_depth() ? padded() * pair_stride(side.semantic_depth()) : 0), length(padded()), unit_length(padded()) {
+      : count(side.count()),
+        rows(padded() * pair_stride(2 * side.depth())),
+        norm(padded()),
+        semantic(side.semantic_depth() ? padded() * pair_stride(side.semantic_depth()) : 0),
+        length(padded()),
+        unit_length(padded()) {
     parallel_for(0, padded() / kPairStrip, 1, [&](int64_t b, int64_t e) {
       b *= kPairStrip, e *= kPairStrip;
       centred(T{})(in<T>(side.mu), in<T>(side.sigma), b, e, count, side.depth(), centre, rows.data(), norm.data());
@@ -87,8 +93,9 @@ template <class T>
 struct Problem {
   Problem(const Side& a, const Side& b) : Problem(a, b, centre_of<T>(a, b)) {}
   Problem(const Side& a, const Side& b, const Buffer<double>& centre) : x(a, centre.data()), y(b, centre.data()) {
-    sides = {x.rows.data(), y.rows.data(), x.norm.data(), y.norm.data(), x.semantic.data(), y.semantic.data(), x.unit_length.data(),
-             y.unit_length.data(), x.count, y.count, 2 * a.depth(), a.semantic_depth()};
+    sides = {x.rows.data(),     y.rows.data(),     x.norm.data(),        y.norm.data(),
+             x.semantic.data(), y.semantic.data(), x.unit_length.data(), y.unit_length.data(),
+             x.count,           y.count,           2 * a.depth(),        a.semantic_depth()};
   }
   int64_t total_depth() const { return sides.depth + sides.semantic_depth; }
   Prepared<T> x, y;
@@ -96,13 +103,15 @@ struct Problem {
 };
 
 static void check_pair(const Side& x, const Side& y) {
-  WSSS_CHECK(x.depth() == y.depth() && x.semantic_depth() == y.semantic_depth() && x.mu.scalar_type() == y.mu.scalar_type(),
-             "wasserstein: both sides must have the same number of features and dtype");
+  WSSS_CHECK(
+      x.depth() == y.depth() && x.semantic_depth() == y.semantic_depth() && x.mu.scalar_type() == y.mu.scalar_type(),
+      "wasserstein: both sides must have the same number of features and dtype");
 }
 
 template <class T>
 static Constants<T> constants_of(const Tensor& t) {
-  WSSS_CHECK(t.scalar_type() == ScalarType::Double && (t.numel() == 3 || t.numel() == 4), "wasserstein: constants a, b, lambda expected");
+  WSSS_CHECK(t.scalar_type() == ScalarType::Double && (t.numel() == 3 || t.numel() == 4),
+             "wasserstein: constants a, b, lambda expected");
   const Tensor c = torch::stable::contiguous(t);
   const double* v = c.const_data_ptr<double>();
   return {T(v[0]), T(v[1]), T(v[2]), t.numel() == 4 ? T(1. / v[3]) : T(0)};
@@ -119,7 +128,8 @@ static Tensor pairwise_matrix(const char* op, const Side& x, const Side& y, cons
     const int64_t block = pair_block(y.count());
     parallel_for(0, ceil_div(y.count(), block), 1, [&](int64_t b, int64_t e) {
       Buffer<T> strips(problem.total_depth() * block), tiles(2 * kPairRows * block);
-      for (int64_t i = b; i < e; ++i) pairwise(T{})(problem.sides, k, i * block, block, strips.data(), tiles.data(), out<T>(result));
+      for (int64_t i = b; i < e; ++i)
+        pairwise(T{})(problem.sides, k, i * block, block, strips.data(), tiles.data(), out<T>(result));
     });
   });
   return result;
@@ -129,29 +139,34 @@ static Tensor nothing(const Tensor& like) { return new_empty(like, Size{like.siz
 
 static Tensor wasserstein_fwd(const Tensor& mu_x, const Tensor& sigma_x, const Tensor& mu_y, const Tensor& sigma_y) {
   WSSS_PATH("wasserstein.distance");
-  return pairwise_matrix("wasserstein2", Side(nothing(mu_x), mu_x, sigma_x), Side(nothing(mu_y), mu_y, sigma_y), nullptr);
+  return pairwise_matrix("wasserstein2", Side(nothing(mu_x), mu_x, sigma_x), Side(nothing(mu_y), mu_y, sigma_y),
+                         nullptr);
 }
 
-static Tensor uncertainty_fwd(const Tensor& sem_x, const Tensor& mu_x, const Tensor& sigma_x, const Tensor& sem_y, const Tensor& mu_y,
-                              const Tensor& sigma_y, const Tensor& constants) {
+static Tensor uncertainty_fwd(const Tensor& sem_x, const Tensor& mu_x, const Tensor& sigma_x, const Tensor& sem_y,
+                              const Tensor& mu_y, const Tensor& sigma_y, const Tensor& constants) {
   WSSS_PATH("wasserstein.similarity");
   WSSS_CHECK(sem_x.dim() == 2 && sem_x.size(1) > 0, "uncertainty_similarity: semantic rows expected");
   return pairwise_matrix("uncertainty_similarity", Side(sem_x, mu_x, sigma_x), Side(sem_y, mu_y, sigma_y), &constants);
 }
 
-// The gradient of one side, and the sums that it is made from: weighted sums of the other side's rows in the padded layout.
+// The gradient of one side, and the sums that it is made from: weighted sums of the other side's rows in the padded
+// layout.
 template <class T>
 struct Gradient {
   Gradient(const Side& side, int64_t padded)
-      : sem(new_empty(side.sem, Size{side.count(), side.semantic_depth()})), mu(new_empty(side.mu, Size{side.count(), side.depth()})),
-        sigma(new_empty(side.mu, Size{side.count(), side.depth()})), rows(padded * pair_stride(2 * side.depth())),
-        semantic(side.semantic_depth() ? padded * pair_stride(side.semantic_depth()) : 0), weight(padded) {}
+      : sem(new_empty(side.sem, Size{side.count(), side.semantic_depth()})),
+        mu(new_empty(side.mu, Size{side.count(), side.depth()})),
+        sigma(new_empty(side.mu, Size{side.count(), side.depth()})),
+        rows(padded * pair_stride(2 * side.depth())),
+        semantic(side.semantic_depth() ? padded * pair_stride(side.semantic_depth()) : 0),
+        weight(padded) {}
   // `prepared` rows [from, from + count) lie at `first` in the sums.
   void finish(const Prepared<T>& prepared, const Side& side, int64_t from, int64_t count, double factor) {
     const int64_t d = side.depth(), ds = side.semantic_depth();
     parallel_for(0, count, kGrain, [&](int64_t b, int64_t e) {
-      finish_gaussians(T{})(prepared.rows.data() + from * pair_stride(2 * d), rows.data(), weight.data(), b, e, d, factor,
-                            out<T>(mu) + from * d, out<T>(sigma) + from * d);
+      finish_gaussians(T{})(prepared.rows.data() + from * pair_stride(2 * d), rows.data(), weight.data(), b, e, d,
+                            factor, out<T>(mu) + from * d, out<T>(sigma) + from * d);
       if (ds)
         finish_semantic(T{})(prepared.semantic.data() + from * pair_stride(ds), semantic.data(), b, e, ds, factor,
                              prepared.length.data() + from, out<T>(sem) + from * ds);
@@ -165,7 +180,8 @@ struct Gradient {
 // Statistics of the forward pass as the weights of the gradient; `positive` numbers the pairs.
 template <class T>
 struct Softmax {
-  Softmax(const T* top_, const T* total_, int64_t count) : top(pair_padded(count)), inverse(top.size()), number(top.size()) {
+  Softmax(const T* top_, const T* total_, int64_t count)
+      : top(pair_padded(count)), inverse(top.size()), number(top.size()) {
     for (int64_t i = 0; i < top.size(); ++i) {
       top[i] = top_ && i < count ? top_[i] : T(0);
       inverse[i] = top_ && i < count ? T(1. / double(total_[i])) : T(0);
@@ -176,16 +192,18 @@ struct Softmax {
   Buffer<T> top, inverse, number;
 };
 
-// One pass over chunks of columns: the weights of a chunk are kept while both sides' gradients read them. Returns the sums
-// over all pairs that the gradients of a, b, lambda and the temperature need.
+// One pass over chunks of columns: the weights of a chunk are kept while both sides' gradients read them. Returns the
+// sums over all pairs that the gradients of a, b, lambda and the temperature need.
 template <class T>
-static std::vector<double> gradients(const Problem<T>& problem, const Constants<T>& k, Target target, const T* given, const T* kept,
-                                     const Softmax<T>& rows, const Softmax<T>& columns, const Side& y, double factor, Gradient<T>& dx, Gradient<T>& dy) {
+static std::vector<double> gradients(const Problem<T>& problem, const Constants<T>& k, Target target, const T* given,
+                                     const T* kept, const Softmax<T>& rows, const Softmax<T>& columns, const Side& y,
+                                     double factor, Gradient<T>& dx, Gradient<T>& dy) {
   const Sides<T>& s = problem.sides;
   const int64_t ld = pair_stride(s.depth), lds = pair_stride(s.semantic_depth), bands = ceil_div(s.rows, kPairRows);
   const int64_t weights = bands * kPairRows * kPairLine, features = ceil_div(s.depth, kPairStrip);
   const bool recompute = target != Target::kDistance && !kept;
-  Buffer<T> strips(recompute ? problem.total_depth() * kPairColumns : 0), alpha(weights), beta(s.semantic_depth ? weights : 0);
+  Buffer<T> strips(recompute ? problem.total_depth() * kPairColumns : 0), alpha(weights),
+      beta(s.semantic_depth ? weights : 0);
   Buffer<double> scalars(4 * bands);
   std::fill_n(scalars.data(), scalars.size(), 0.);
   for (int64_t chunk = 0; chunk < s.columns; chunk += kPairColumns) {
@@ -193,21 +211,23 @@ static std::vector<double> gradients(const Problem<T>& problem, const Constants<
     parallel_for(0, recompute ? ceil_div(width, kPairStrip) : 0, 1, [&](int64_t b, int64_t e) {
       const int64_t first = b * kPairStrip, many = (e - b) * kPairStrip;
       pack(T{})(s.y + (chunk + first) * ld, many, s.depth, strips.data() + first * s.depth);
-      pack(T{})(s.sy + (chunk + first) * lds, many, s.semantic_depth, strips.data() + s.depth * kPairColumns + first * s.semantic_depth);
+      pack(T{})(s.sy + (chunk + first) * lds, many, s.semantic_depth,
+                strips.data() + s.depth * kPairColumns + first * s.semantic_depth);
     });
     parallel_for(0, bands, 1, [&](int64_t b, int64_t e) {
       for (; b < e; ++b) {
         const int64_t row = b * kPairRows, at = row * kPairLine;
-        gradient_weights(T{})(s, k, target, row, std::min(kPairRows, s.rows - row), chunk, width, given, kept, rows.weights(),
-                              columns.weights(), strips.data(), alpha.data() + at, beta.data() + (beta.size() ? at : 0), dx.weight.data(),
-                              scalars.data() + 4 * b);
+        gradient_weights(T{})(s, k, target, row, std::min(kPairRows, s.rows - row), chunk, width, given, kept,
+                              rows.weights(), columns.weights(), strips.data(), alpha.data() + at,
+                              beta.data() + (beta.size() ? at : 0), dx.weight.data(), scalars.data() + 4 * b);
       }
     });
     parallel_for(0, features + ceil_div(s.semantic_depth, kPairStrip), 1, [&](int64_t b, int64_t e) {
       for (; b < e; ++b) {
         const bool semantic = b >= features;
-        gradient_products(T{})(s, chunk, width, (semantic ? b - features : b) * kPairStrip, semantic, semantic ? beta.data() : alpha.data(),
-                               semantic ? dx.semantic.data() : dx.rows.data(), semantic ? dy.semantic.data() : dy.rows.data());
+        gradient_products(T{})(s, chunk, width, (semantic ? b - features : b) * kPairStrip, semantic,
+                               semantic ? beta.data() : alpha.data(), semantic ? dx.semantic.data() : dx.rows.data(),
+                               semantic ? dy.semantic.data() : dy.rows.data());
       }
     });
     parallel_for(0, ceil_div(width, kPairStrip), 1, [&](int64_t b, int64_t e) {
@@ -232,8 +252,8 @@ static void clear(const Tensor& t) {
 
 // stats: largest score and sum of exponentials per row of x, then per row of y (loss only).
 template <class T>
-static Gradients backward(const Side& x, const Side& y, const Constants<T>& k, Target target, const T* given, const T* stats,
-                          const T* kept, double factor) {
+static Gradients backward(const Side& x, const Side& y, const Constants<T>& k, Target target, const T* given,
+                          const T* stats, const T* kept, double factor) {
   const int64_t n = x.count(), m = y.count();
   Gradient<T> dx(x, pair_padded(n)), dy(y, kPairColumns);
   Gradients result{dx.sem, dx.mu, dx.sigma, dy.sem, dy.mu, dy.sigma, std::vector<double>(4)};
@@ -242,19 +262,22 @@ static Gradients backward(const Side& x, const Side& y, const Constants<T>& k, T
     return result;
   }
   const Problem<T> problem(x, y);
-  const Softmax<T> rows(stats, stats ? stats + n : nullptr, n), columns(stats ? stats + 2 * n : nullptr, stats ? stats + 3 * n : nullptr, m);
+  const Softmax<T> rows(stats, stats ? stats + n : nullptr, n),
+      columns(stats ? stats + 2 * n : nullptr, stats ? stats + 3 * n : nullptr, m);
   result.sums = gradients(problem, k, target, given, kept, rows, columns, y, factor, dx, dy);
   dx.finish(problem.x, x, 0, n, factor);
   return result;
 }
 
 static void check_gradient(const Tensor& grad, const Side& x, const Side& y) {
-  WSSS_CHECK(grad.dim() == 2 && grad.size(0) == x.count() && grad.size(1) == y.count() && grad.scalar_type() == x.mu.scalar_type(),
+  WSSS_CHECK(grad.dim() == 2 && grad.size(0) == x.count() && grad.size(1) == y.count() &&
+                 grad.scalar_type() == x.mu.scalar_type(),
              "wasserstein: a gradient N×M of the inputs' dtype expected");
 }
 
-static std::tuple<Tensor, Tensor, Tensor, Tensor> wasserstein_bwd(const Tensor& mu_x, const Tensor& sigma_x, const Tensor& mu_y,
-                                                                  const Tensor& sigma_y, const Tensor& grad) {
+static std::tuple<Tensor, Tensor, Tensor, Tensor> wasserstein_bwd(const Tensor& mu_x, const Tensor& sigma_x,
+                                                                  const Tensor& mu_y, const Tensor& sigma_y,
+                                                                  const Tensor& grad) {
   const Side x(nothing(mu_x), mu_x, sigma_x), y(nothing(mu_y), mu_y, sigma_y);
   check_pair(x, y);
   check_gradient(grad, x, y);
@@ -269,8 +292,9 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> wasserstein_bwd(const Tensor& 
 
 using SixAndConstants = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-static SixAndConstants uncertainty_bwd(const Tensor& sem_x, const Tensor& mu_x, const Tensor& sigma_x, const Tensor& sem_y,
-                                       const Tensor& mu_y, const Tensor& sigma_y, const Tensor& constants, const Tensor& grad) {
+static SixAndConstants uncertainty_bwd(const Tensor& sem_x, const Tensor& mu_x, const Tensor& sigma_x,
+                                       const Tensor& sem_y, const Tensor& mu_y, const Tensor& sigma_y,
+                                       const Tensor& constants, const Tensor& grad) {
   const Side x(sem_x, mu_x, sigma_x), y(sem_y, mu_y, sigma_y);
   check_pair(x, y);
   check_gradient(grad, x, y);
@@ -296,8 +320,8 @@ static double loss_of(const Problem<T>& problem, const Constants<T>& k, double t
   parallel_for(0, groups, 1, [&](int64_t b, int64_t e) {
     Buffer<T> strips(problem.total_depth() * block), tiles(2 * kPairRows * block);
     for (int64_t g = b; g < e; ++g)
-      loss_forward(T{})(problem.sides, k, g * blocks / groups * block, (g + 1) * blocks / groups * block, id.data(), columns,
-                        row_top.data() + g * n, row_total.data() + g * n, strips.data(), tiles.data(), kept);
+      loss_forward(T{})(problem.sides, k, g * blocks / groups * block, (g + 1) * blocks / groups * block, id.data(),
+                        columns, row_top.data() + g * n, row_total.data() + g * n, strips.data(), tiles.data(), kept);
   });
   double sum = 0.;
   for (int64_t i = 0; i < n; ++i) {
@@ -313,18 +337,22 @@ static double loss_of(const Problem<T>& problem, const Constants<T>& k, double t
 }
 
 static double temperature_of(const Tensor& constants) {
-  WSSS_CHECK(constants.numel() == 4 && constants.scalar_type() == ScalarType::Double, "uncertainty_info_nce: constants a, b, lambda, temperature expected");
+  WSSS_CHECK(constants.numel() == 4 && constants.scalar_type() == ScalarType::Double,
+             "uncertainty_info_nce: constants a, b, lambda, temperature expected");
   return torch::stable::contiguous(constants).const_data_ptr<double>()[3];
 }
 
 static void check_square(const Side& x, const Side& y) {
   check_pair(x, y);
-  WSSS_CHECK(x.count() == y.count() && x.semantic_depth() > 0, "uncertainty_info_nce: as many rows of x as of y expected");
+  WSSS_CHECK(x.count() == y.count() && x.semantic_depth() > 0,
+             "uncertainty_info_nce: as many rows of x as of y expected");
 }
 
-// The products of all pairs are kept for the backward pass if the caller wants that: where they are smaller than the inputs.
-static std::tuple<Tensor, Tensor, Tensor> uncertainty_infonce_fwd(const Tensor& sem_x, const Tensor& mu_x, const Tensor& sigma_x,
-                                                                  const Tensor& sem_y, const Tensor& mu_y, const Tensor& sigma_y,
+// The products of all pairs are kept for the backward pass if the caller wants that: where they are smaller than the
+// inputs.
+static std::tuple<Tensor, Tensor, Tensor> uncertainty_infonce_fwd(const Tensor& sem_x, const Tensor& mu_x,
+                                                                  const Tensor& sigma_x, const Tensor& sem_y,
+                                                                  const Tensor& mu_y, const Tensor& sigma_y,
                                                                   const Tensor& constants, bool keep) {
   const Side x(sem_x, mu_x, sigma_x), y(sem_y, mu_y, sigma_y);
   check_square(x, y);
@@ -342,22 +370,25 @@ static std::tuple<Tensor, Tensor, Tensor> uncertainty_infonce_fwd(const Tensor& 
   return {loss, stats, kept};
 }
 
-static SixAndConstants uncertainty_infonce_bwd(const Tensor& sem_x, const Tensor& mu_x, const Tensor& sigma_x, const Tensor& sem_y,
-                                               const Tensor& mu_y, const Tensor& sigma_y, const Tensor& constants, const Tensor& stats,
-                                               const Tensor& kept, const Tensor& grad) {
+static SixAndConstants uncertainty_infonce_bwd(const Tensor& sem_x, const Tensor& mu_x, const Tensor& sigma_x,
+                                               const Tensor& sem_y, const Tensor& mu_y, const Tensor& sigma_y,
+                                               const Tensor& constants, const Tensor& stats, const Tensor& kept,
+                                               const Tensor& grad) {
   const Side x(sem_x, mu_x, sigma_x), y(sem_y, mu_y, sigma_y);
   check_square(x, y);
   WSSS_CHECK(stats.numel() == 4 * x.count() && stats.scalar_type() == mu_x.scalar_type() && grad.numel() == 1,
              "uncertainty_infonce_bwd: stats of the forward pass and a gradient of one element expected");
   const double temperature = temperature_of(constants);
-  WSSS_CHECK(kept.numel() == 0 || (kept.numel() == 2 * x.count() * x.count() && kept.scalar_type() == mu_x.scalar_type()),
-             "uncertainty_infonce_bwd: the products of the forward pass expected");
+  WSSS_CHECK(
+      kept.numel() == 0 || (kept.numel() == 2 * x.count() * x.count() && kept.scalar_type() == mu_x.scalar_type()),
+      "uncertainty_infonce_bwd: the products of the forward pass expected");
   const Tensor saved = torch::stable::contiguous(stats), products = torch::stable::contiguous(kept);
   Tensor dk = new_empty(constants, Size{4});
   Gradients g;
   for_float_type("uncertainty_info_nce", mu_x, [&](auto tag) {
     using T = decltype(tag);
-    const double factor = double(*grad.const_data_ptr<T>()) / (2. * temperature * double(std::max<int64_t>(1, x.count())));
+    const double factor =
+        double(*grad.const_data_ptr<T>()) / (2. * temperature * double(std::max<int64_t>(1, x.count())));
     g = backward<T>(x, y, constants_of<T>(constants), Target::kLoss, nullptr, in<T>(saved), in<T>(products), factor);
     for (int64_t i = 0; i < 4; ++i) out<double>(dk)[i] = factor * g.sums[size_t(i)] * (i == 3 ? -1. / temperature : 1.);
   });
@@ -367,11 +398,14 @@ static SixAndConstants uncertainty_infonce_bwd(const Tensor& sem_x, const Tensor
 }  // namespace wasserstein
 }  // namespace wsss
 
-#define WSSS_ARGUMENTS "(Tensor sem_x, Tensor mu_x, Tensor sigma_x, Tensor sem_y, Tensor mu_y, Tensor sigma_y, Tensor constants"
+#define WSSS_ARGUMENTS \
+  "(Tensor sem_x, Tensor mu_x, Tensor sigma_x, Tensor sem_y, Tensor mu_y, Tensor sigma_y, Tensor constants"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(wsss, m) {
   m.def("wasserstein_fwd(Tensor mu_x, Tensor sigma_x, Tensor mu_y, Tensor sigma_y) -> Tensor");
-  m.def("wasserstein_bwd(Tensor mu_x, Tensor sigma_x, Tensor mu_y, Tensor sigma_y, Tensor grad) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "wasserstein_bwd(Tensor mu_x, Tensor sigma_x, Tensor mu_y, Tensor sigma_y, Tensor grad) -> (Tensor, Tensor, "
+      "Tensor, Tensor)");
   m.def("uncertainty_fwd" WSSS_ARGUMENTS ") -> Tensor");
   m.def("uncertainty_bwd" WSSS_ARGUMENTS ", Tensor grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("uncertainty_infonce_fwd" WSSS_ARGUMENTS ", bool keep) -> (Tensor, Tensor, Tensor)");

@@ -106,10 +106,12 @@ def fuse_cams(
     if chosen == "reference":
         return reference.fuse_cams(maps, values, shape, present=gate, mode=mode)
     wide = _args.widen(chosen, *maps)
-    gate = gate.to(wide[0].dtype)[:, :, None, None] if gate is not None else 1.0
+
+    def gated(cam: Tensor) -> Tensor:
+        return cam if gate is None else cam * gate.to(cam.dtype)[:, :, None, None]
+
     if mode == "normalize_then_sum":
-        ready = [normalize_cam(m, backend=chosen) for m in wide]
-        ready = [m * gate for m in ready] if present is not None else ready
+        ready = [gated(normalize_cam(m, backend=chosen)) for m in wide]
         return _ResizedSum.apply(chosen, values, shape, *ready).to(dtype)
     stretched = normalize_cam(_ResizedSum.apply(chosen, values, shape, *[m.relu() for m in wide]), backend=chosen)
-    return (stretched * gate if present is not None else stretched).to(dtype)
+    return gated(stretched).to(dtype)

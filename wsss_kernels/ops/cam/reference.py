@@ -6,7 +6,7 @@ max(max − min, 1e-7), the latter being used here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,10 @@ def fuse_cams(
             return cam.new_zeros(*cam.shape[:2], *size) + cam.sum()
         return F.interpolate(cam, size=tuple(size), mode="bilinear", align_corners=True)
 
+    def total(maps: Iterable[Tensor]) -> Tensor:
+        first, *others = (weight * resized(cam) for cam, weight in zip(maps, weights, strict=True))
+        return sum(others, start=first)
+
     if mode == "normalize_then_sum":
-        return sum(weight * resized(normalize_cam(cam) * gate) for cam, weight in zip(wide, weights, strict=True)).to(dtype)
-    total = sum(weight * resized(cam.relu()) for cam, weight in zip(wide, weights, strict=True))
-    return (normalize_cam(total) * gate).to(dtype)
+        return total(normalize_cam(cam) * gate for cam in wide).to(dtype)
+    return (normalize_cam(total(cam.relu() for cam in wide)) * gate).to(dtype)

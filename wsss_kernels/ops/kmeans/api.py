@@ -57,8 +57,8 @@ def kmeans(
     if tol < 0:
         raise ValueError(f"kmeans: tol must be at least 0, got {tol}")
     _args.no_gradient("kmeans", x=x, init=init)
-    names, tensors = ("x", "init")[: 1 + (init is not None)], (x, init)[: 1 + (init is not None)]
-    aligned = _args.align("kmeans", names, tensors)
+    given = {"x": x} if init is None else {"x": x, "init": init}
+    aligned = _args.align("kmeans", list(given), list(given.values()))
     chosen = KMEANS_OP.resolve(aligned, backend)
     x, start = aligned[0], aligned[-1] if init is not None else None
     if chosen == "reference":

@@ -223,7 +223,8 @@ def uncertainty_info_nce(
     tensors = _args.align(op, _NAMES, given)
     chosen = LOSS_OP.resolve(tensors, backend)
     if chosen == "reference":
-        return reference.uncertainty_info_nce(*tensors, temperature, a=a, b=b, lam=lam)
+        sem_x, mu_x, sigma_x, sem_y, mu_y, sigma_y = tensors
+        return reference.uncertainty_info_nce(sem_x, mu_x, sigma_x, sem_y, mu_y, sigma_y, temperature, a=a, b=b, lam=lam)
     tensors = [*_args.widen(chosen, *tensors), torch.stack(constants)]
     # Both products of all pairs spare the backward pass a third of its work; they are kept where the inputs are larger.
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in tensors) and sem_x.shape[0] <= sem_x.shape[1] + 2 * mu_x.shape[1]

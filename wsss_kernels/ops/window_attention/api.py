@@ -174,7 +174,7 @@ def window_attention(
         return reference.window_attention(query, key, value, **options)
     wide = _args.widen(chosen, *tensors)
     if window is None:
-        return reference.scaled_dot_product(*wide, num_heads, scale).to(query.dtype)
+        return reference.scaled_dot_product(*wide[:3], num_heads=num_heads, scale=scale).to(query.dtype)
     table = wide[3] if bias is not None else None
     return _Window.apply(*wide[:3], table, chosen, int(num_heads), list(window), list(moved), scale).to(query.dtype)
 
@@ -224,11 +224,11 @@ def exchange_attention(
     dtype, chosen = maps[0].dtype, EXCHANGE_OP.resolve(maps, backend)
     if chosen == "reference":
         options = {"num_heads": num_heads, "window_size": window, "shift": moved, "bias": maps[6] if bias is not None else None}
-        return reference.exchange_attention(tuple(maps[:3]), tuple(maps[3:6]), **options, scale=scale)
+        return reference.exchange_attention((maps[0], maps[1], maps[2]), (maps[3], maps[4], maps[5]), **options, scale=scale)
     wide = _args.widen(chosen, *maps)
     if window is None:
         pairs = ((wide[3], *wide[1:3]), (wide[0], *wide[4:6]))
-        results = tuple(reference.scaled_dot_product(*pair, num_heads, scale) for pair in pairs)
+        results = tuple(reference.scaled_dot_product(*pair, num_heads=num_heads, scale=scale) for pair in pairs)
     else:
         table = wide[6] if bias is not None else None
         results = _Exchange.apply(*wide[:6], table, chosen, int(num_heads), list(window), list(moved), scale)

@@ -29,14 +29,14 @@ class _Block(nn.Module):
     def _initialise(module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02)
-            nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Conv2d):
             fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
             nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / fan_out))
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
     def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if self.reduce is not None:
+        if self.reduce is not None and self.reduce_norm is not None:
             x = self.reduce_norm(self.reduce(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
         return self.key(x), self.value(x)
 

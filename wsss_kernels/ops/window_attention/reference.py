@@ -8,11 +8,17 @@ Where released code differs: Swin lets padding take part in the softmax; here it
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Pair = tuple[int, int]
+
+
+def _pair(n: int | Pair) -> Pair:
+    return (n, n) if isinstance(n, int) else (n[0], n[1])
 
 
 def _axis(size: int, window: int, shift: int) -> tuple[Tensor, Tensor]:
@@ -65,8 +71,8 @@ def window_attention(
     if window_size is None:
         logits = torch.einsum("bqhc,bkhc->bhqk", scale * q, k)
         return torch.einsum("bhqk,bkhc->bqhc", logits.softmax(-1), v).reshape(shape).to(result)
-    window, shift = ((n, n) if isinstance(n, int) else tuple(n) for n in (window_size, shift))
-    pixel, region, inside = windows(shape[1:3], window, shift, query.device)
+    window, moved = _pair(window_size), _pair(shift)
+    pixel, region, inside = windows((shape[1], shape[2]), window, moved, query.device)
     logits = torch.einsum("bwqhc,bwkhc->bwhqk", scale * q[:, pixel], k[:, pixel])
     if bias is not None:
         logits = logits + bias[relative_position(window, query.device)].permute(2, 0, 1)
@@ -90,14 +96,14 @@ def exchange_attention(
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `wsss_kernels.exchange_attention`."""
-    options = {"num_heads": num_heads, "window_size": window_size, "shift": shift, "bias": bias, "scale": scale}
+    options: dict[str, Any] = {"num_heads": num_heads, "window_size": window_size, "shift": shift, "bias": bias, "scale": scale}
     return (
         window_attention(structural[0], *primary[1:], **options),
         window_attention(primary[0], *structural[1:], **options),
     )
 
 
-def scaled_dot_product(query: Tensor, key: Tensor, value: Tensor, num_heads: int, scale: float) -> Tensor:
+def scaled_dot_product(query: Tensor, key: Tensor, value: Tensor, *, num_heads: int, scale: float) -> Tensor:
     """Global attention by PyTorch's own kernel."""
     q, k, v = (
         t.reshape(t.shape[0], t.shape[1] * t.shape[2], num_heads, t.shape[3] // num_heads).transpose(1, 2) for t in (query, key, value)
