@@ -11,8 +11,17 @@ from importlib.metadata import PackageNotFoundError, version
 
 from .errors import UsageError
 
+_METHODS = "wsss_models.engine.command"
 COMMANDS = {
     "refine": ("wsss_models.refine.command", "turns class activation maps, or clicked points, into sharp masks"),
+    "run": (_METHODS, "runs all stages of a method, from images to metrics, and continues where an earlier run stopped"),
+    "precompute": (_METHODS, "runs the stages of a method that prepare inputs on disk"),
+    "train": (_METHODS, "trains the weakly supervised model of a method"),
+    "pseudo-label": (_METHODS, "writes the pseudo-labels of the training images"),
+    "segment": (_METHODS, "trains the segmentation network of a method on its pseudo-labels"),
+    "predict": (_METHODS, "writes the predicted masks of the test images, or of any images"),
+    "evaluate": (_METHODS, "compares masks with the truth: figures, tables and a sheet of pictures"),
+    "info": ("wsss_models.engine.about", "says what is installed, what is missing and why"),
 }
 """name: (module, summary). A module is imported only when its command runs, so that `wsss --help` needs no PyTorch."""
 

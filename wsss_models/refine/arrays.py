@@ -47,7 +47,7 @@ def _header_has_objects(file: BinaryIO) -> bool:
     return read(file)[2].hasobject
 
 
-def _npy(path: Path) -> Any:
+def load_npy(path: Path) -> Any:
     """The array of a `.npy` file, or the object (a dictionary, as a rule) that `np.save` pickled into it."""
     with open(path, "rb") as file:
         if _header_has_objects(file):
@@ -64,7 +64,7 @@ def _load(path: Path, what: str) -> dict[str, Any]:
                 return {name: archive[name] for name in archive.files}
         if path.suffix != ".npy":
             raise InputError(f"{what} {path}: expected a .npy or .npz file")
-        found = _npy(path)
+        found = load_npy(path)
     except FileNotFoundError:
         raise InputError(f"{what} {path}: there is no such file") from None
     except InputError:
