@@ -107,6 +107,11 @@ def align(op: str, names: Sequence[str], tensors: Sequence[torch.Tensor], *, aut
     return list(tensors)
 
 
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The type in which kernels accumulate: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def widen(backend: str, *tensors: torch.Tensor) -> list[torch.Tensor]:
     """float32 copies of half-precision tensors for the CPU kernels, which compute in float32; other tensors as they are."""
     if backend != "cpu":

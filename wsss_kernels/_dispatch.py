@@ -64,9 +64,9 @@ class Operator:
     def __post_init__(self):
         OPERATORS[self.name] = self
 
-    def raw_op(self, schema: str, fake: Callable, *, triton: str | None = None) -> dict[str, Callable]:
+    def raw_op(self, schema: str, fake: Callable, **options) -> dict[str, Callable]:
         """Declares one of the operator's opaque kernels; see `_native.raw_op`."""
-        self.raw.append(_native.raw_op(schema, fake, triton=triton))
+        self.raw.append(_native.raw_op(schema, fake, **options))
         return self.raw[-1]
 
     def resolve(self, tensors: Sequence[torch.Tensor], backend: str | None = None) -> str:
@@ -116,7 +116,7 @@ def _device_reason(backend: str, device: str) -> str | None:
         return None if device == "cpu" else f"its kernels run on CPU tensors, got a {device} tensor"
     if backend == "triton" and not _HAS_TRITON:
         return "the package triton is not installed"
-    if device == "cuda" or (device == "cpu" and (_native.EMULATED if backend == "cuda" else _native.INTERPRETED)):
+    if device == "cuda" or (device == "cpu" and (_native.EMULATED if backend == "cuda" else _native.INTERPRETED or _native.AHEAD)):
         return None
     return f"its kernels run on CUDA tensors, got a {device} tensor"
 

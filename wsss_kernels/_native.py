@@ -70,6 +70,8 @@ EMULATED = "WSSS_CUDA_EMULATOR" in os.environ
 """The CUDA kernels run on CPU tensors, in the emulator library that WSSS_CUDA_EMULATOR names (tests only)."""
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Triton kernels run on CPU tensors in Triton's interpreter (tests only)."""
+AHEAD = "WSSS_TRITON_AHEAD" in os.environ
+"""Triton kernels are compiled for CPU tensors and not run: their results are undefined (`wsss_kernels.aot` only)."""
 if EMULATED:
     torch.ops.load_library(os.environ["WSSS_CUDA_EMULATOR"])
     cuda_libraries.append(os.environ["WSSS_CUDA_EMULATOR"])
@@ -97,7 +99,7 @@ def _triton_launcher(module: str, name: str) -> Callable:
     return launch
 
 
-def raw_op(schema: str, fake: Callable, *, triton: str | None = None) -> dict[str, Callable]:
+def raw_op(schema: str, fake: Callable, *, triton: str | None = None, triton_fake: Callable | None = None) -> dict[str, Callable]:
     """Declares the opaque operator `schema`, and returns its callables by backend: `raw["cpu"](...)`.
 
     Args:
@@ -106,6 +108,7 @@ def raw_op(schema: str, fake: Callable, *, triton: str | None = None) -> dict[st
         fake: the shape function, called with the operator's arguments.
         triton: the module that holds the Triton launcher, a function with the operator's name and arguments. It is
             imported at the first call, and lives under `wsss_triton::`, beside the CUDA kernel and not instead of it.
+        triton_fake: its shape function, where it keeps other statistics for its backward than the C++ kernels.
     """
     name = schema.partition("(")[0]
     raw: dict[str, Callable] = {}
@@ -127,7 +130,7 @@ def raw_op(schema: str, fake: Callable, *, triton: str | None = None) -> dict[st
     if EMULATED and torch._C._dispatch_has_kernel(f"wsss_emul::{name}"):  # operators without a CUDA kernel are unknown there
         raw["cuda"] = _define("wsss_emul", schema, fake)
     if triton is not None:
-        raw["triton"] = _define("wsss_triton", schema, fake)
-        for key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
+        raw["triton"] = _define("wsss_triton", schema, triton_fake or fake)
+        for key in ("CUDA", "CPU") if INTERPRETED or AHEAD else ("CUDA",):
             _fragment("wsss_triton").impl(name, _triton_launcher(triton, name), key)
     return raw

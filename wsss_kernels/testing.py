@@ -13,6 +13,7 @@ import ctypes
 import gc
 import inspect
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -194,6 +195,8 @@ def launch_paths() -> set[str]:
         function = ctypes.CDLL(library).wsss_paths
         function.restype = ctypes.c_char_p
         found |= set(function().decode().split())
+    if "wsss_kernels._triton" in sys.modules:
+        found |= sys.modules["wsss_kernels._triton"].paths
     return found
 
 

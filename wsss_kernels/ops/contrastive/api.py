@@ -10,25 +10,39 @@ from ... import _args
 from ..._dispatch import Backend, Operator
 from . import reference
 
-SUPCON_OP = Operator("supervised_contrastive_loss", backends=(Backend("cpu"),))
-INFO_NCE_OP = Operator("info_nce", backends=(Backend("cpu"),))
+SUPCON_OP = Operator("supervised_contrastive_loss", backends=(Backend("triton"), Backend("cpu")))
+INFO_NCE_OP = Operator("info_nce", backends=(Backend("triton"), Backend("cpu")))
 
+_TRITON = f"{__package__}.triton_impl"
 _OPTIONS = "bool mean, int ignore_index"
+
+
+def _losses(x: Tensor, statistics: int) -> tuple[Tensor, Tensor]:
+    kind = _args.accumulator(x.dtype)
+    return x.new_empty((), dtype=kind), x.new_empty((statistics, x.shape[0]), dtype=kind)
+
+
 _supcon_fwd = SUPCON_OP.raw_op(
     f"supcon_fwd(Tensor z, Tensor label, Tensor temperature, {_OPTIONS}) -> (Tensor, Tensor)",
-    lambda z, *_: (z.new_empty(()), z.new_empty((2, z.shape[0]))),
+    lambda z, *_: _losses(z, 2),
+    triton=_TRITON,
+    triton_fake=lambda z, *_: _losses(z, 3),
 )
 _supcon_bwd = SUPCON_OP.raw_op(
     f"supcon_bwd(Tensor z, Tensor label, Tensor temperature, Tensor stats, Tensor grad, {_OPTIONS}) -> (Tensor, Tensor)",
     lambda z, label, temperature, *_: (z.new_empty(z.shape), temperature.new_empty(())),
+    triton=_TRITON,
 )
 _infonce_fwd = INFO_NCE_OP.raw_op(
     "infonce_fwd(Tensor x, Tensor y, Tensor label, Tensor temperature, bool mean) -> (Tensor, Tensor)",
-    lambda x, *_: (x.new_empty(()), x.new_empty((4, x.shape[0]))),
+    lambda x, *_: _losses(x, 4),
+    triton=_TRITON,
+    triton_fake=lambda x, *_: _losses(x, 5),
 )
 _infonce_bwd = INFO_NCE_OP.raw_op(
     "infonce_bwd(Tensor x, Tensor y, Tensor label, Tensor temperature, Tensor stats, Tensor grad, bool mean) -> (Tensor, Tensor, Tensor)",
     lambda x, y, label, temperature, *_: (x.new_empty(x.shape), y.new_empty(y.shape), temperature.new_empty(())),
+    triton=_TRITON,
 )
 
 
@@ -94,7 +108,7 @@ def supervised_contrastive_loss(
         temperature: a positive number, or a 0-d tensor of the dtype of `z` (its value is not checked).
         reduction: `"sum"` over anchors as M3 prints it, or `"mean"` over the anchors that have a positive.
         ignore_index: embeddings of this label take no part.
-        backend: `"cpu"`, `"reference"`, or `None` to choose.
+        backend: `"triton"`, `"cpu"`, `"reference"`, or `None` to choose.
 
     Returns:
         0-d tensor in the dtype of `z`, float32 for half-precision input. 0 if no anchor has a positive.
@@ -136,7 +150,7 @@ def info_nce(
         temperature: a positive number, or a 0-d tensor of the dtype of `x` (its value is not checked).
         label: `Tensor[N]`, int64, int32 or uint8, of the pairs (x_i, y_i); `None`: every pair has its own.
         reduction: `"mean"` or `"sum"` over the N anchors of a direction.
-        backend: `"cpu"`, `"reference"`, or `None` to choose.
+        backend: `"triton"`, `"cpu"`, `"reference"`, or `None` to choose.
 
     Returns:
         0-d tensor in the dtype of `x`, float32 for half-precision input. 0 if N = 0.
