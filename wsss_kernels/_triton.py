@@ -88,20 +88,26 @@ def launch(path: str, kernel, grid: tuple[int, ...], *args, **meta) -> None:
     paths.add(path)
 
 
+def config_file(folder: Path | None = None) -> Path:
+    """The file of tuned configurations for this machine's GPU, in WSSS_KERNELS_CONFIGS, else in the user's cache folder."""
+    named = os.environ.get("WSSS_KERNELS_CONFIGS")
+    cache_folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wsss_kernels"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no gpu"
+    return (folder or (Path(named) if named else cache_folder)) / (re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".json")
+
+
 @cache
-def _tuned(gpu: str) -> dict[str, dict]:
+def _tuned() -> dict[str, dict]:
     """The configurations that `python -m wsss_kernels.bench --tune` wrote for this GPU: the user's, else the shipped ones."""
-    name = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".json"
-    for folder in (config_folder(), Path(__file__).parent / "configs"):
-        if (folder / name).is_file():
-            return json.loads((folder / name).read_text())
+    for file in (config_file(), config_file(Path(__file__).parent / "configs")):
+        if file.is_file():
+            return json.loads(file.read_text())
     return {}
 
 
-def config_folder() -> Path:
-    """Where tuned configurations are written: WSSS_KERNELS_CONFIGS, else the user's cache folder."""
-    named = os.environ.get("WSSS_KERNELS_CONFIGS")
-    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wsss_kernels"
+def forget_tuned() -> None:
+    """The next launch reads the file of tuned configurations again."""
+    _tuned.cache_clear()
 
 
 def config(key: str, default: Mapping[str, int], alternatives: Sequence[Mapping[str, int]] = ()) -> dict[str, int]:
@@ -115,9 +121,7 @@ def config(key: str, default: Mapping[str, int], alternatives: Sequence[Mapping[
     asked[key] = (default, *alternatives)
     if key in overrides:
         return dict(overrides[key])
-    if _native.INTERPRETED or _native.AHEAD or not torch.cuda.is_available():
-        return dict(default)
-    return dict(_tuned(torch.cuda.get_device_name()).get(key, default))
+    return dict(default if _native.AHEAD else _tuned().get(key, default))
 
 
 @triton.jit

@@ -31,6 +31,7 @@ import torch
 from . import _native, registry
 from ._spec import Case, OpSpec
 from .testing import assert_matches_truth, cast, flatten, gradient_tensors, peak_memory
+from .tune import tune
 
 
 @dataclass(frozen=True)
@@ -265,6 +266,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--all", action="store_true", help="also the long cases")
     parser.add_argument("--seconds", type=float, default=5.0, help="time per case, in seconds (default 5)")
     parser.add_argument("--backend", help="as in the operators")
+    parser.add_argument(
+        "--tune", action="store_true", help="find the fastest launch configurations of the Triton kernels for this GPU instead"
+    )
     parser.add_argument("--csv", type=Path, help="append the rows to this file (a folder: <machine>.csv in it)")
     options = parser.parse_args(argv)
     try:
@@ -274,6 +278,12 @@ def main(argv: list[str] | None = None) -> int:
     work = [(spec, case) for spec in chosen for case in spec.cases if (case.quick or options.all) and (options.case or "") in case.name]
     if not work:
         parser.error("no case matches")
+    if options.tune:
+        try:
+            print(f"written to {tune(work)}")
+        except RuntimeError as error:
+            parser.error(str(error))
+        return 0
     print(
         f"{machine()}, PyTorch {torch.__version__}, {commit()}: medians [20th to 80th percentile], peak memory above the inputs, time relative to ours"
     )
