@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from wsss_models import cli, demo
-from wsss_models.refine import Settings, arrays, outputs, points, refine as refine_arrays, tokens
+from wsss_models.refine import Settings, arrays, interrupts, outputs, points, refine as refine_arrays, tokens
 from wsss_models.refine.pictures import overlay, voc_palette
 
 from .conftest import disc_cam, scene
@@ -156,6 +156,45 @@ def test_a_full_disk_ends_the_run(refine, tmp_path, monkeypatch, number, words):
     code, err = refine(tmp_path / "a.png", tmp_path / "b.png", "--points", tmp_path / "points.json")
     assert code == 1 and words in err and "out/a.png" in err and "2 images are not done" in err
     assert made(tmp_path / "out") == []
+
+
+def test_a_full_disk_leaves_the_earlier_result(refine, image, tmp_path, monkeypatch):
+    refine(image, *POINT)
+    before = {name: (tmp_path / "out" / name).read_bytes() for name in FILES}
+
+    def refuse(descriptor, mode):
+        os.close(descriptor)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(outputs.os, "fdopen", refuse)
+    code, err = refine(image, *POINT, "--par-iter", 3)
+    assert code == 1 and "the disk is full; 1 image is not done" in err
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_what_a_killed_run_left_half_written_is_removed(refine, image, tmp_path):
+    (tmp_path / "out").mkdir()
+    for name, age in (("old", 7200), ("fresh", 1)):
+        path = tmp_path / f"out/.wsss.{name}.tmp"
+        path.touch()
+        os.utime(path, (time.time() - age,) * 2)
+    assert refine(image, *POINT)[0] == 0
+    assert made(tmp_path / "out") == sorted([".wsss.fresh.tmp", *FILES])
+
+
+def test_an_interrupt_that_has_to_wait_is_acknowledged(capsys):
+    """As while an operator runs, Python does not hear of the signal: here because its handler is another one."""
+    before, left = signal.signal(signal.SIGINT, lambda *_: None), []
+    try:
+        with interrupts.told(leave=left.append):
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(1)
+            assert "interrupted: waiting for the current step; Ctrl-C again ends it at once" in capsys.readouterr().err and not left
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(0.5)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert left == [130] and "interrupted at once" in capsys.readouterr().err
 
 
 def test_control_c(tmp_path):

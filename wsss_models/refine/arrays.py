@@ -78,6 +78,11 @@ def _load(path: Path, what: str) -> dict[str, Any]:
     return {str(name): np.asarray(value) for name, value in found.items()}
 
 
+def _named(arrays: dict[str, Any], keys: Sequence[str]) -> str | None:
+    """The first of these names that is there; whatever its name, the only array of a file."""
+    return next((key for key in keys if key in arrays), next(iter(arrays)) if len(arrays) == 1 else None)
+
+
 def _shape(array: np.ndarray) -> str:
     return f"{array.dtype} of shape {'×'.join(map(str, array.shape)) or '()'}"
 
@@ -98,7 +103,7 @@ def read_cam(path: Path, option: str = "--cam") -> CamFile:
         InputError: unreadable, another rank or dtype, NaN, values outside 0…1, classes that do not fit the maps.
     """
     arrays = _load(path, option)
-    name = next((key for key in ("", *_CAM_KEYS) if key in arrays), None)
+    name = _named(arrays, ("", *_CAM_KEYS))
     if name is None:
         raise InputError(
             f"{option} {path}: expected an array named {' or '.join(_CAM_KEYS[:1] + _CAM_KEYS[2:4])}, got {', '.join(arrays) or 'none'}"
@@ -142,7 +147,7 @@ def read_features(path: Path, option: str = "--features") -> np.ndarray:
         InputError: unreadable, another rank or dtype, NaN or infinity.
     """
     arrays = _load(path, option)
-    name = next((key for key in ("", "features") if key in arrays), next(iter(arrays), None) if len(arrays) == 1 else None)
+    name = _named(arrays, ("", "features"))
     if name is None:
         raise InputError(f"{option} {path}: expected one array, or one named features, got {', '.join(arrays) or 'none'}")
     features = _floating(arrays[name], option, path, "floating-point maps of shape C×h×w or L×C×h×w", (3, 4))

@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     if args.threads is not None and args.threads < 1:
         raise UsageError(f"--threads must be at least 1, got {args.threads}")
     check_packages()
-    from . import jobs, outputs, runner
+    from . import interrupts, jobs, outputs, runner
 
     planned, classes = jobs.plan(args, args.out)
     if args.compare:
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
 
         compare.eager_operators()  # refuses now, not after the work, if they are not there
     outputs.prepare_folder(args.out)
-    with runner.machine(args.device, args.backend, args.threads) as device:
+    with interrupts.told(), runner.machine(args.device, args.backend, args.threads) as device:
         summary = runner.run(planned, classes, settings, args.out, device, overwrite=args.overwrite, pictures=not args.no_pictures)
         print(summary, flush=True)
         if args.compare and summary.refinable:

@@ -8,7 +8,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,6 +18,7 @@ from ..errors import InputError, UsageError
 FORMAT = 1
 """Of the record; raised when the same inputs and parameters give another result."""
 SUFFIXES = {"mask": ".png", "overlay": "_overlay.png", "before_after": "_before_after.png", "record": ".json"}
+_PREFIX, _TEMPORARY, _STALE = ".wsss.", ".tmp", 3600.0  # of files being written; seconds after which nobody writes them any more
 
 
 class OutputError(Exception):
@@ -30,7 +32,7 @@ def paths(folder: Path, stem: str, pictures: bool) -> dict[str, Path]:
 
 
 def prepare_folder(folder: Path) -> None:
-    """Makes the output folder and proves that a file can be written there.
+    """Makes the output folder, proves that a file can be written there, and removes what a killed run has left half-written.
 
     Raises:
         UsageError: it cannot.
@@ -39,35 +41,19 @@ def prepare_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+        for leftover in folder.glob(f"{_PREFIX}*{_TEMPORARY}"):
+            with contextlib.suppress(OSError):  # a run beside this one may be writing: its files are seconds old
+                if time.time() - leftover.stat().st_mtime > _STALE:
+                    leftover.unlink()
     except OSError as error:
         raise UsageError(f"--out {folder}: expected a folder that can be written, got: {error.strerror or error}") from None
 
 
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under its name only when everything is in it; a failure or an interrupt leaves nothing behind.
-
-    Raises:
-        InputError: this name cannot be written; another one can.
-        OutputError: the operating system refuses, with its reason.
-    """
-    temporary: str | None = None
-    try:
-        handle, temporary = tempfile.mkstemp(prefix=".wsss.", suffix=".tmp", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            yield file
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-        temporary = None
-    except OSError as error:
-        if error.errno in (errno.ENAMETOOLONG, errno.EISDIR):
-            raise InputError(f"cannot write {path}: {error.strerror}") from error
-        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else (error.strerror or str(error))
-        raise OutputError(f"cannot write {path}: {reason}") from error
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+def _refused(path: Path, error: OSError) -> InputError | OutputError:
+    if error.errno in (errno.ENAMETOOLONG, errno.EISDIR):  # this name cannot be written; another one can
+        return InputError(f"cannot write {path}: {error.strerror}")
+    reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else (error.strerror or str(error))
+    return OutputError(f"cannot write {path}: {reason}")
 
 
 def _umask() -> int:
@@ -77,15 +63,33 @@ def _umask() -> int:
 
 
 def write(files: dict[str, Path], save: dict[str, Callable[[BinaryIO], None]], record: dict[str, Any]) -> None:
-    """Writes all files of an image. The old record goes first and the new one comes last: it marks a complete set."""
-    with contextlib.suppress(FileNotFoundError):
-        files["record"].unlink()
-    for kind, path in files.items():
-        with whole_file(path) as file:
-            if kind == "record":
-                file.write((json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
-            else:
-                save[kind](file)
+    """Writes all files of an image beside the old ones, then puts them in their place: a full disk or an interrupt before
+    that leaves everything as it was. The old record goes first and the new one comes last: it marks a complete set.
+
+    Raises:
+        InputError: a name cannot be written; another one can.
+        OutputError: the operating system refuses, with its reason.
+    """
+    text = (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode()
+    fill = {**save, "record": lambda file: file.write(text)}
+    temporary: dict[str, str] = {}
+    path = files["record"]
+    try:
+        for kind, path in files.items():
+            handle, temporary[kind] = tempfile.mkstemp(prefix=_PREFIX, suffix=_TEMPORARY, dir=path.parent)
+            with os.fdopen(handle, "wb") as file:
+                fill[kind](file)
+            os.chmod(temporary[kind], 0o666 & ~_umask())
+        with contextlib.suppress(FileNotFoundError):
+            files["record"].unlink()
+        for kind, path in files.items():
+            os.replace(temporary[kind], path)
+    except OSError as error:
+        raise _refused(path, error) from error
+    finally:
+        for name in temporary.values():
+            with contextlib.suppress(OSError):  # what is in its place is no longer there
+                os.unlink(name)
 
 
 def checksum(path: Path) -> str:

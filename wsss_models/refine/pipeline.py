@@ -138,15 +138,24 @@ def argmax_at(score: Tensor, size: Sequence[int]) -> Tensor:
     return label
 
 
-def check_grids(cam: Tensor, encoder: Tensor, settings: Settings) -> None:
-    """Refuses feature maps that cannot belong to these class activation maps."""
-    (a, b), (h, w) = cam.shape[-2:], encoder.shape[-2:]
-    if abs(a * w - b * h) > max(a, b) + max(h, w):  # more than rounding to whole tokens explains
+def belongs(grid: Sequence[int], size: Sequence[int]) -> bool:
+    """Whether maps on this grid can cover an image of this (height, width).
+
+    Networks see an image in its own proportions, rounded to whole tokens or patches, or resized to a square.
+    """
+    (h, w), (height, width) = grid, size
+    slack = max(height, width, h * width / 10)  # one token along either side; a tenth where maps were enlarged after rounding
+    return h == w or abs(h * width - w * height) <= slack
+
+
+def check_grid(what: str, grid: Sequence[int], size: Sequence[int]) -> None:
+    """Refuses maps that cannot belong to an image of this (height, width)."""
+    if not belongs(grid, size):
+        (h, w), (height, width) = grid, size
+        hint = " (transposed?)" if belongs((w, h), size) else ""
         raise InputError(
-            f"features: expected a grid of the same proportions as the CAM's {a}×{b}, got {h}×{w} (layers×channels×h×w = {tuple(encoder.shape)})"
+            f"{what}: expected h×w in the proportions of the image's {height}×{width}, or square as a square network input gives it, got {h}×{w}{hint}"
         )
-    if settings.first_layer >= encoder.shape[0]:
-        raise InputError(f"features: expected more than first_layer = {settings.first_layer} layers, got {encoder.shape[0]}")
 
 
 def refine(
@@ -163,15 +172,16 @@ def refine(
 
     Args:
         image: `[H, W, 3]` uint8.
-        cam: `[K, h', w']` in 0…1, for the classes that the image holds (zero maps are ignored).
-        encoder: feature maps `[L, C, h, w]`; their grid is that of the random walk.
+        cam: `[K, h', w']` in 0…1, for the classes that the image holds (zero maps are ignored). It covers the whole image, in
+            the image's proportions or resized to a square.
+        encoder: feature maps `[L, C, h, w]`, covering the image likewise; their grid is that of the random walk.
         values: the pixel value of each map in the mask, 1, 2, … by default; 0 marks a map of the background.
         settings: parameters.
         device: where the operators run.
         operators: `Operators.compiled()` by default.
 
     Raises:
-        InputError: a CAM and feature maps that do not belong together.
+        InputError: a CAM or feature maps that do not belong to the image, or with fewer layers than `first_layer` needs.
     """
     settings, device = settings or Settings(), torch.device(device)
     operators = operators or Operators.compiled()
@@ -180,7 +190,10 @@ def refine(
         picture = torch.from_numpy(working_image(image, settings.max_side)).to(device).permute(2, 0, 1).float() / 255
         maps = torch.from_numpy(np.ascontiguousarray(cam, dtype=np.float32)).to(device)
         features = torch.from_numpy(np.ascontiguousarray(encoder, dtype=np.float32)).to(device)
-        check_grids(maps, features, settings)
+        check_grid("cam", maps.shape[-2:], image.shape[:2])
+        check_grid("features", features.shape[-2:], image.shape[:2])
+        if settings.first_layer >= len(features):
+            raise InputError(f"features: expected more than first_layer = {settings.first_layer} layers, got {len(features)}")
         maps = on_grid(maps, features.shape[-2:])
         numbers = list(values) if values is not None else list(range(1, len(maps) + 1))
         kept = [k for k, highest in enumerate(maps.amax(dim=(1, 2)).tolist()) if highest > 0]

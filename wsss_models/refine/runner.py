@@ -22,7 +22,7 @@ from ..errors import InputError, UsageError
 from . import arrays, images, outputs, pictures, points, tokens
 from .classes import ClassTable
 from .jobs import Job
-from .pipeline import Operators, Refined, Stopwatch, refine, working_image
+from .pipeline import Operators, Refined, Stopwatch, check_grid, refine, working_image
 from .settings import Settings
 
 
@@ -122,12 +122,17 @@ def read_inputs(job: Job, settings: Settings, classes: ClassTable, *, several: b
         height, width = image.shape[:2]
         features = arrays.read_features(job.features) if job.features is not None else None
         cam_file = arrays.read_cam(job.cam) if job.cam is not None else None
+    if cam_file is not None:
+        check_grid(f"--cam {job.cam}", cam_file.cam.shape[-2:], (height, width))
+    if features is not None:
+        check_grid(f"--features {job.features}", features.shape[-2:], (height, width))
     if cam_file is None and not any(p.name != points.BACKGROUND for p in job.points):
         raise InputError(f"image {job.image}: expected a CAM or at least one point of an object, got none")
     points.check_inside(job.points, height, width)
     with watch("features"):
-        seen = working_image(image, settings.max_side)
-        grid = tokens.token_grid(seen, *(features.shape[-2:] if features is not None else tokens.grid_size(*seen.shape[:2], settings)))
+        if features is None or cam_file is None:
+            seen = working_image(image, settings.max_side)
+            grid = tokens.token_grid(seen, *(tokens.grid_size(*seen.shape[:2], settings) if features is None else features.shape[-2:]))
         if features is None:
             features = tokens.features(grid, settings)
     with watch("cam"):
@@ -235,7 +240,8 @@ def run(
                 bar.write(f"wsss refine: {job.stem}: {type(error).__name__}: {error}", file=sys.stderr)
             except outputs.OutputError as error:
                 rest = len(jobs) - len(summary.refinable) - len(summary.failed)
-                bar.write(f"wsss refine: error: {error}; {rest} images are not done. Run the same command again to go on", file=sys.stderr)
+                left = f"{rest} images are not done" if rest != 1 else "1 image is not done"
+                bar.write(f"wsss refine: error: {error}; {left}. Run the same command again to go on", file=sys.stderr)
                 summary.stopped = True
                 break
             except KeyboardInterrupt:
