@@ -110,11 +110,8 @@ format: $(STAMPS)/installed ## rewrites the sources as `lint` wants them
 bench: $(STAMPS)/built ## our operators against the released algorithms (OP=par: one operator)
 	$(PY) benchmarks/run.py $(if $(OP),--op $(OP))
 
-gpu: export WSSS_BUILD = cuda
-gpu: $(STAMPS)/built ## on a machine with a GPU: CUDA build, the suite on it, benchmarks
-	@$(PY) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu: PyTorch sees no GPU here")'
-	$(PYTEST) -m "not slow"
-	$(PY) benchmarks/run.py $(if $(OP),--op $(OP))
+gpu: $(STAMPS)/installed ## build, tests, sanitizers, benchmark on a GPU (PART=build|tests|sanitize|bench, OPS=par,mpfp, REHEARSE=1)
+	$(PY) benchmarks/gpu.py $(if $(PART),--part $(PART)) $(if $(OPS),--ops $(OPS)) $(if $(REHEARSE),--rehearse)
 
 new-op: $(STAMPS)/built ## the folders of a new operator (NAME=my_operator)
 	@[ -n "$(NAME)" ] || { echo "make new-op: say which: make new-op NAME=my_operator" >&2; exit 1; }
