@@ -1,15 +1,15 @@
 """What the shared matrix cannot hold: independent witnesses (OpenCV's contours, SciPy's labels) on adversarial maps."""
 
-import cv2
 import numpy as np
 import pytest
-import scipy.ndimage
 import torch
 
 import wsss_kernels as wk
 from wsss_kernels import registry
 from wsss_kernels.ops.box_mask import spec as maps
 from wsss_kernels.testing import runnable_backends
+
+cv2, ndimage = pytest.importorskip("cv2"), pytest.importorskip("scipy.ndimage")
 
 BACKENDS = [*runnable_backends(registry.spec("box_mask")), ("reference", "cpu")]
 SIZES = [(1, 1), (1, 70), (70, 1), (2, 2), (14, 14), (13, 17), (7, 63), (7, 64), (7, 65), (9, 127), (9, 128), (9, 129), (67, 11)]
@@ -68,12 +68,12 @@ def test_boxes_are_those_of_the_contours(backend, device, size):
 @pytest.mark.parametrize("connectivity", [4, 8])
 @pytest.mark.parametrize(("backend", "device", "size"), CALLS)
 def test_labels_are_those_of_scipy(backend, device, connectivity, size):
-    structure = scipy.ndimage.generate_binary_structure(2, connectivity // 4)
+    structure = ndimage.generate_binary_structure(2, connectivity // 4)
     for name, cam in shapes(*size).items():
         for mask in (cam > 0.5, cam.isnan() | (cam != 0)):
             label = wk.connected_components(mask.to(device), connectivity=connectivity, backend=backend)
             assert label.dtype == torch.int32
-            assert np.array_equal(label.cpu().numpy(), scipy.ndimage.label(mask.numpy(), structure)[0]), name
+            assert np.array_equal(label.cpu().numpy(), ndimage.label(mask.numpy(), structure)[0]), name
 
 
 @pytest.mark.parametrize(("backend", "device"), BACKENDS[:-1])
@@ -82,9 +82,9 @@ def test_large_noise(backend, device, share):
     """Tens of thousands of components and boxes in one map."""
     cam = (torch.rand(700, 901, generator=torch.Generator().manual_seed(1)) < share).float()
     assert np.array_equal(wk.box_mask(cam.to(device), backend=backend).cpu().numpy(), contours(cam.numpy(), 0.4, False))
-    structure = scipy.ndimage.generate_binary_structure(2, 2)
+    structure = ndimage.generate_binary_structure(2, 2)
     label = wk.connected_components(cam.to(device), backend=backend).cpu().numpy()
-    assert np.array_equal(label, scipy.ndimage.label(cam.numpy(), structure)[0])
+    assert np.array_equal(label, ndimage.label(cam.numpy(), structure)[0])
 
 
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
