@@ -116,6 +116,8 @@ gpu: $(STAMPS)/installed ## build, tests, sanitizers, benchmark on a GPU (PART=b
 new-op: $(STAMPS)/built ## the folders of a new operator (NAME=my_operator)
 	@[ -n "$(NAME)" ] || { echo "make new-op: say which: make new-op NAME=my_operator" >&2; exit 1; }
 	$(PY) -m wsss_kernels.new_op $(NAME)
+	$(MAKE) install
+	$(PY) benchmarks/report.py
 
 clean: ## removes what was built; the virtual environment stays
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks demo_output

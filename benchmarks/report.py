@@ -1,7 +1,7 @@
 """Writes the operator table of the README: backends from the specs, ratios from `benchmarks/results/<machine>.csv`.
 
-`python benchmarks/report.py --csv benchmarks/results/<machine>.csv` rewrites the table between its two markers, and
-`--check` says (exit code 1) whether the README lists the operators and backends that the specs hold.
+`python benchmarks/report.py --csv benchmarks/results/<machine>.csv` rewrites the table between its two markers, without `--csv`
+with the ratios that stand there; `--check` says (exit code 1) whether the README lists the operators and backends that the specs hold.
 """
 
 from __future__ import annotations
@@ -54,13 +54,24 @@ def operator_table(measured: dict) -> str:
     return "\n".join(lines)
 
 
+def _figures(table: str) -> dict[str, str]:
+    """The last cell of each row by the first one, which names the operator."""
+    rows = [line.split("|") for line in table.strip().splitlines()[2:]]
+    return {row[1].strip(): row[-2].strip() for row in rows}
+
+
+def _with_figures(table: str, figures: dict[str, str]) -> str:
+    lines = table.splitlines()
+    return "\n".join(lines[:2] + [f"{line.rsplit('|', 2)[0]}| {figures.get(line.split('|')[1].strip(), '')} |" for line in lines[2:]])
+
+
 def _without_figures(table: str) -> list[str]:
     return [line.rsplit("|", 2)[0] for line in table.strip().splitlines()]
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--csv", type=Path, help="results of the machine that the README names")
+    parser.add_argument("--csv", type=Path, help="results of the machine that the README names (without: the ratios stay)")
     parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if the table is out of date")
     options = parser.parse_args(argv)
     readme = ROOT / "README.md"
@@ -73,9 +84,8 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return int(not current)
-    if options.csv is None:
-        parser.error("--csv names the results to take the ratios from")
-    readme.write_text(f"{before}{BEGIN}\n{operator_table(latest(options.csv))}\n{END}{after}")
+    fresh = operator_table(latest(options.csv)) if options.csv else _with_figures(operator_table({}), _figures(table))
+    readme.write_text(f"{before}{BEGIN}\n{fresh}\n{END}{after}")
     return 0
 
 

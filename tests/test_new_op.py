@@ -56,6 +56,7 @@ def test_the_template_passes_the_matrix(tmp_path):
     new_op.create("leaky_gate", tree)
     built = run(tree, "setup.py", "-q", "build_ext", "--inplace")
     assert built.returncode == 0, built.stderr
+    assert run(tree, "benchmarks/report.py").returncode == 0
     tests = [f"tests/test_{name}.py" for name in ("ops", "gradients", "layouts", "compile", "memory", "tree")]
     result = run(tree, "-m", "pytest", "-q", "-m", "not slow", "-k", "leaky_gate or tree", *tests)
     assert result.returncode == 0, result.stdout[-5000:]
