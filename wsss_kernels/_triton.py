@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -29,7 +30,7 @@ _INTERPRETED = tl.constexpr(_native.INTERPRETED)
 
 paths: set[str] = set()
 """The launch paths that this process has taken; see `testing.launch_paths`."""
-compiled: list[tuple[str, str, object]] = []
+compiled: list[tuple[str, str, Any]] = []
 """(path, kernel, compiled kernel) of every launch, where kernels are compiled ahead and not run; see `aot.py`."""
 overrides: dict[str, dict] = {}
 """Launch configurations that the tuner tries, by key; they precede the tuned ones."""

@@ -79,7 +79,10 @@ def resources(cubin: bytes) -> tuple[int, int]:
         file.write(cubin)
         file.flush()
         text = subprocess.run([_cuobjdump(), "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return int(re.search(r"REG:(\d+)", text).group(1)), int(re.search(r"STACK:(\d+)", text).group(1))
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"expected the registers and the stack of a kernel from cuobjdump, got {text[:200]!r}")
+    return int(found[1]), int(found[2])
 
 
 def _call(spec: OpSpec, sample: Sample, dtype: torch.dtype) -> None:

@@ -58,7 +58,7 @@ def arguments(function: Callable, args: Sequence, kwargs: dict) -> dict[str, Any
     return dict(inspect.signature(function).bind(*args, **kwargs).arguments)
 
 
-def gradient_tensors(spec: OpSpec, sample: Sample, args: tuple, kwargs: dict) -> list[Tensor]:
+def gradient_tensors(spec: OpSpec, sample: Sample | None, args: tuple, kwargs: dict) -> list[Tensor]:
     """The floating tensors of a call that have a gradient, in the order of the signature."""
     named = arguments(spec.reference, args, kwargs)
     return [t for name in spec.gradients for t in flatten(named.get(name)) if t.is_floating_point()]
