@@ -25,8 +25,7 @@ def tensor(op: str, name: str, value: object, shape: str, *, kind: str = "floati
         spatial: how many trailing dimensions must not be 0.
     """
     if not (
-        isinstance(value, torch.Tensor)
-        and (value.is_floating_point() if kind == "floating" else kind == "any" or value.dtype in INTEGERS)
+        isinstance(value, torch.Tensor) and (value.is_floating_point() if kind == "floating" else kind == "any" or value.dtype in INTEGERS)
     ):
         raise TypeError(_expected(op, name, value, shape, kind))
     rank = shape.count("×") + 1

@@ -9,6 +9,7 @@ the reference can run.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import importlib.util
 import inspect
 import os
@@ -30,7 +31,7 @@ _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _ENVIRONMENT = os.environ.get("WSSS_KERNELS_BACKEND") or None
 if _ENVIRONMENT not in (None, *BACKENDS):
     raise ValueError(f"WSSS_KERNELS_BACKEND must be one of {', '.join(BACKENDS)}, got {_ENVIRONMENT!r}")
-_requested: str | None = _ENVIRONMENT
+_requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("wsss_kernels backend", default=_ENVIRONMENT)
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -73,7 +74,7 @@ class Operator:
 
     def resolve(self, tensors: Sequence[torch.Tensor], backend: str | None = None) -> str:
         """The backend that runs this call."""
-        wanted = backend or _requested
+        wanted = backend or _requested.get()
         if wanted is not None:
             reason = self.reason(wanted, tensors)
             if reason is not None:
@@ -150,16 +151,15 @@ def _device_reason(backend: str, tensor: torch.Tensor) -> str | None:
 def use_backend(name: str | None) -> Iterator[None]:
     """Every operator called inside runs on this backend, or raises with the reason. `None` chooses automatically.
 
-    The setting is the process's, not the thread's: set it where the program starts its work.
+    The setting belongs to the thread (to the task in asyncio); a thread that is started inside does not inherit it.
     """
-    global _requested
     if name not in (None, *BACKENDS):
         raise ValueError(f"use_backend: name must be one of {', '.join(BACKENDS)} or None, got {name!r}")
-    before, _requested = _requested, name
+    before = _requested.set(name)
     try:
         yield
     finally:
-        _requested = before
+        _requested.reset(before)
 
 
 @dataclass(frozen=True)

@@ -181,8 +181,9 @@ std::tuple<Tensor, Tensor, Tensor> refining_map_fwd(const std::optional<Tensor>&
     for (int64_t b = 0; b < t.batch; ++b) {
       const auto input = t.input<T>(b, false);
       T* to = out<T>(matrix) + b * t.n * t.n;
-      bool* chosen = choose(input, to, out<bool>(gate) + b * t.layers, out<T>(deviation) + b * t.layers);
-      write_refined(input, chosen, to);
+      Buffer<T> kept(input.worth_keeping());
+      bool* chosen = choose(input, to, kept.data(), out<bool>(gate) + b * t.layers, out<T>(deviation) + b * t.layers);
+      write_refined(input, chosen, static_cast<const T*>(kept.data()), to);
     }
   });
   return {matrix, gate, deviation};

@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor, Tensor> affinity_random_walk_fwd(const Tensor& cam, c
     Buffer<T> deviation(t.layers);
     for (int64_t b = 0; b < t.batch; ++b) {
       const auto input = t.input<T>(b, false);
-      const bool* chosen = choose(input, static_cast<T*>(nullptr), out<bool>(gate) + b * t.layers, deviation.data());
+      const bool* chosen = choose<T>(input, nullptr, nullptr, out<bool>(gate) + b * t.layers, deviation.data());
       const T* from = in<T>(c) + b * size;
       const WalkMask<T> masks(weight, target, b * size);
       if (rows == 0) {

@@ -42,9 +42,7 @@ def _checked(image: Tensor, mask: Tensor, dilations: Sequence[int], num_iter: in
     _args.choice("par", "variant", variant, ("par", "pamr"))
     _args.choice("par", "resize", resize, ("mask", "image", None))
     if resize is None:
-        _args.same(
-            "par", "image", image.shape[-2:], "mask", mask.shape[-2:], "height and width (or pass resize='mask' or 'image')"
-        )
+        _args.same("par", "image", image.shape[-2:], "mask", mask.shape[-2:], "height and width (or pass resize='mask' or 'image')")
     _args.integer("par", "num_iter", num_iter, 0)
     if isinstance(dilations, (int, str)) or not hasattr(dilations, "__iter__"):
         raise TypeError(f"par: dilations must be a sequence of ints, got {_args.describe(dilations)}")

@@ -100,7 +100,9 @@ class _StreamingWalk(torch.autograd.Function):
     def backward(ctx, grad):
         need_cam, _, need_decoder, need_encoder = ctx.needs_input_grad[:4]
         grads = _streaming_bwd[ctx.backend](grad, *ctx.saved_tensors, *ctx.options, need_decoder, need_encoder)
-        to_cam, to_decoder, to_encoder = (g if need else None for g, need in zip(grads, (need_cam, need_decoder, need_encoder), strict=True))
+        to_cam, to_decoder, to_encoder = (
+            g if need else None for g, need in zip(grads, (need_cam, need_decoder, need_encoder), strict=True)
+        )
         return to_cam, None, to_decoder, to_encoder, *[None] * (1 + len(ctx.options))
 
 
@@ -219,11 +221,12 @@ def affinity_random_walk(
     options = check_options(op, sinkhorn_iter, power, mask_side)
     if streaming is not None and not isinstance(streaming, bool):
         raise TypeError(f"{op}: streaming must be True, False or None, got {_args.describe(streaming)}")
-    optional: dict[str, Tensor | None] = {"cam": cam, "decoder_feature": decoder_feature, "encoder": encoder, "mask": mask}
-    given = {name: t for name, t in optional.items() if t is not None}
-    given = dict(zip(given, _args.align(op, tuple(given), tuple(given.values()), autocast="fp32"), strict=True))
-    cam, decoder, encoder, mask = given["cam"], given.get("decoder_feature"), given["encoder"], given.get("mask")
-    chosen = AFFINITY_WALK_OP.resolve(list(given.values()), backend)
+    names = ("cam", "encoder", *(() if decoder_feature is None else ("decoder_feature",)), *(() if mask is None else ("mask",)))
+    given = [t for t in (cam, encoder, decoder_feature, mask) if t is not None]
+    cam, encoder, *rest = tensors = _args.align(op, names, given, autocast="fp32")
+    decoder = None if decoder_feature is None else rest[0]
+    mask = None if mask is None else rest[-1]
+    chosen = AFFINITY_WALK_OP.resolve(tensors, backend)
     if chosen == "reference":
         return reference.affinity_random_walk(
             cam,
