@@ -1,17 +1,21 @@
 """Which backend runs: argument, context, environment, automatic; reasons; overhead."""
 
+import contextlib
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import wsss_kernels as wk
-from wsss_kernels import _native
+from wsss_kernels import _native, registry
 from wsss_kernels._dispatch import BACKENDS, OPERATORS
 from wsss_kernels.ops.par import api
+from wsss_kernels.testing import cast, threads
 
 IMAGE, MASK = torch.rand(1, 3, 6, 7), torch.rand(1, 2, 6, 7)
 
@@ -68,19 +72,83 @@ def test_info_lists_every_operator():
     assert all(f"  {name} " in text for name in OPERATORS) and torch.__version__ in text
 
 
+def test_the_context_belongs_to_its_thread():
+    inside, seen = threading.Barrier(2), {}
+
+    def work(name):
+        with wk.use_backend(name) if name else contextlib.nullcontext():
+            inside.wait()
+            seen[name] = wk.explain("par", IMAGE, MASK).chosen
+            inside.wait()
+
+    workers = [threading.Thread(target=work, args=(name,)) for name in ("reference", None)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert seen == {"reference": "reference", None: wk.explain("par", IMAGE, MASK).chosen}
+
+
+def test_a_compiled_function_follows_the_context(monkeypatch):
+    monkeypatch.setattr(api.reference, "par", lambda image, mask, *a, **k: mask - 1)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda image, mask: wk.par(image, mask, (1,), 0), fullgraph=True, backend="eager")
+    automatic = compiled(IMAGE, MASK)
+    with wk.use_backend("reference"):
+        assert torch.equal(compiled(IMAGE, MASK), MASK - 1)
+    assert torch.equal(compiled(IMAGE, MASK), automatic)
+
+
+def test_a_tangent_is_refused_and_not_lost():
+    """Forward-mode differentiation, which no operator has, although nothing here requires a gradient."""
+    if "_C" in _native.missing:
+        pytest.skip("without kernels the reference runs, which PyTorch differentiates itself")
+    cam = torch.rand(1, 4, 5)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        wk.normalize_cam(forward_ad.make_dual(cam, cam))
+
+
+# What still misses the 30 µs: lists of maps, six tensors, constants that become a tensor. Measured at 31 to 51 µs on a busy machine.
+OVERHEAD = {"exchange_attention": 60, "fuse_cams": 60, "kmeans": 45, "uncertainty_info_nce": 75, "uncertainty_similarity": 60}
+
+
+@contextlib.contextmanager
+def timed_kernels():
+    """The list to which every kernel on the CPU appends the nanoseconds that it took."""
+    spent, raws = [], {id(raw): raw for operator in OPERATORS.values() for raw in operator.raw if "cpu" in raw}.values()
+    kept = [raw["cpu"] for raw in raws]
+
+    def timed(native):
+        def run(*args):
+            start = time.perf_counter_ns()
+            result = native(*args)
+            spent.append(time.perf_counter_ns() - start)
+            return result
+
+        return run
+
+    for raw, native in zip(raws, kept, strict=True):
+        raw["cpu"] = timed(native)
+    try:
+        yield spent
+    finally:
+        for raw, native in zip(raws, kept, strict=True):
+            raw["cpu"] = native
+
+
 @pytest.mark.skipif("_C" in _native.missing, reason="measures the compiled kernels, which are not installed")
-def test_overhead_over_the_raw_operator():
-    """Under 30 µs on tiny input (the fastest of many runs: what the code costs, not what the machine adds)."""
-    raw, image, mask = api._fwd["cpu"], torch.rand(1, 1, 1, 1), torch.rand(1, 1, 1, 1)
+@pytest.mark.parametrize("spec", [pytest.param(s, id=s.name) for s in registry.specs() if s.operator.raw])
+def test_overhead_over_the_raw_operators(spec):
+    """Under 30 µs on tiny input (five operators more, see OVERHEAD): checks, choice of the backend, and what little the Python layer computes itself."""
+    sample = next(s for s in spec.samples() if s.small)
+    args, kwargs = cast((sample.args, dict(sample.kwargs)), torch.float32)
 
-    def fastest(function):
-        times = []
+    best = float("inf")  # the fastest of many calls: what the code costs, not what a busy machine adds
+    with timed_kernels() as spent, threads(1):
         for _ in range(3000):
-            start = time.perf_counter()
-            function()
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    public = fastest(lambda: wk.par(image, mask, (1,), 0))
-    opaque = fastest(lambda: raw(image, mask, [1], 0, False, 0.3, 0.3, 0.01, True))
-    assert public - opaque < 30e-6
+            spent.clear()
+            start = time.perf_counter_ns()
+            spec.public(*args, **kwargs)
+            best = min(best, time.perf_counter_ns() - start - sum(spent))
+    assert spent, "no kernel was started"
+    assert best < 1e3 * OVERHEAD.get(spec.name, 30), f"{best / 1e3:.1f} µs beside the kernels"

@@ -114,3 +114,13 @@ def test_a_dead_row_costs_no_gradient():
 def test_many_threads_of_small_matrices_agree_with_one_by_one():
     matrix = torch.rand(33, 17, 17)
     assert torch.equal(wk.sinkhorn(matrix), torch.stack([wk.sinkhorn(m) for m in matrix]))
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_directions_of_the_shortest_vectors(backend, device):
+    """Reciprocal lengths beyond float32 (whose gradients are too: hence no sample of the matrix)."""
+    feature = torch.randn(2, 7, 13, generator=torch.Generator().manual_seed(0)).bfloat16().float().to(device)
+    short = feature * 2.0**-130
+    torch.testing.assert_close(
+        wk.cosine_affinity(short, backend=backend), wk.cosine_affinity(short.double(), backend="reference").float(), rtol=0, atol=1e-6
+    )

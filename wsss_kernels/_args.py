@@ -24,29 +24,32 @@ def tensor(op: str, name: str, value: object, shape: str, *, kind: str = "floati
         kind: `"floating"`, `"label"` (int64, int32, uint8), or `"any"` (also bool).
         spatial: how many trailing dimensions must not be 0.
     """
+    if not (
+        isinstance(value, torch.Tensor) and (value.is_floating_point() if kind == "floating" else kind == "any" or value.dtype in INTEGERS)
+    ):
+        raise TypeError(_expected(op, name, value, shape, kind))
+    rank = shape.count("×") + 1
+    if value.dim() < rank - 1 if shape[0] == "…" else value.dim() != rank:
+        raise ValueError(_expected(op, name, value, shape, kind))
+    if spatial and 0 in value.shape[-spatial:]:
+        raise ValueError(f"{_expected(op, name, value, shape, kind)}: a spatial extent must not be 0")
+
+
+def _expected(op: str, name: str, value: object, shape: str, kind: str) -> str:
     words = {"floating": "a floating-point tensor", "label": "an int64, int32 or uint8 tensor", "any": "a tensor"}[kind]
-
-    def expected() -> str:
-        return f"{op}: {name} must be {words} of shape {shape}, got {describe(value)}"
-
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(expected())
-    if (kind == "floating" and not value.is_floating_point()) or (kind == "label" and value.dtype not in INTEGERS):
-        raise TypeError(expected())
-    rank = len(shape.replace("…×", "").split("×"))
-    if value.dim() < rank if shape.startswith("…") else value.dim() != rank:
-        raise ValueError(expected())
-    if spatial and 0 in value.shape[value.dim() - spatial :]:
-        raise ValueError(f"{expected()}: a spatial extent must not be 0")
+    return f"{op}: {name} must be {words} of shape {shape}, got {describe(value)}"
 
 
 def same(op: str, first: str, a: object, second: str, b: object, what: str) -> None:
     """Checks that two extents agree: `same("par", "image", 2, "mask", 3, "batch size")`."""
     if a != b:
+        a, b = (tuple(x) if isinstance(x, torch.Size) else x for x in (a, b))
         raise ValueError(f"{op}: {first} and {second} must have the same {what}, got {a} and {b}")
 
 
 def integer(op: str, name: str, value: object, minimum: int) -> int:
+    if type(value) is int and minimum <= value < 2**31:
+        return value
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{op}: {name} must be an int, got {describe(value)}")
     if value.__index__() < minimum:
@@ -82,6 +85,15 @@ def scalar(op: str, name: str, value: object, like: torch.Tensor, *, positive: b
     return value.double()
 
 
+def scalars(op: str, values: dict[str, object], like: torch.Tensor, *, positive: Sequence[str] = ()) -> torch.Tensor:
+    """`scalar` of several parameters, in one tensor of as many elements."""
+    for value in values.values():
+        if isinstance(value, torch.Tensor):
+            return torch.stack([scalar(op, name, v, like, positive=name in positive) for name, v in values.items()])
+    numbers = [number(op, name, v, positive=name in positive) for name, v in values.items()]
+    return torch.tensor(numbers, dtype=torch.float64, device=like.device)
+
+
 def choice(op: str, name: str, value: object, allowed: Sequence[object]) -> None:
     if value not in allowed:
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, allowed))}, got {describe(value)}")
@@ -93,6 +105,17 @@ def align(op: str, names: Sequence[str], tensors: Sequence[torch.Tensor], *, aut
     Under autocast an operator with `autocast="fp32"` computes in float32 and one with `"input"` in the autocast dtype
     (float64 stays, as in PyTorch). Otherwise a mixture raises `TypeError`.
     """
+    first, *others = tensors
+    dtype, device = first.dtype, first.device
+    alike = True
+    for t in others:
+        alike = alike and t.device == device and (t.dtype == dtype or not t.is_floating_point())
+    if alike and not torch.is_autocast_enabled(device.type):
+        return list(tensors)
+    return _aligned(op, names, tensors, autocast)
+
+
+def _aligned(op: str, names: Sequence[str], tensors: Sequence[torch.Tensor], autocast: str) -> list[torch.Tensor]:
     device = tensors[0].device
     for name, t in zip(names, tensors, strict=True):
         if t.device != device:
@@ -110,6 +133,11 @@ def align(op: str, names: Sequence[str], tensors: Sequence[torch.Tensor], *, aut
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The type in which kernels accumulate: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def rounded(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`t.to(dtype)`, which even where there is nothing to do costs more than the comparison."""
+    return t if t.dtype == dtype else t.to(dtype)
 
 
 def widen(backend: str, *tensors: torch.Tensor) -> list[torch.Tensor]:

@@ -2,14 +2,15 @@
 
 Two libraries: `_C` (CPU operators, needs no CUDA) and `_cuda` (CUDA operators, loaded only under a CUDA PyTorch).
 Either may be absent (installed without a compiler) or broken (built for something else); both are states that
-`wsss_kernels.info()` explains. Only a library that is older than the Python files stops the import: its operators would be
-called with other arguments than they were compiled for.
+`wsss_kernels.info()` explains, as is a library that is older than the Python files: its operators would be called with
+other arguments than they were compiled for, so none of it is used. A warning says so where the package is imported.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,15 @@ missing: dict[str, str] = {}
 
 cuda_libraries: list[str] = []
 """The loaded libraries of CUDA kernels: the real one, the emulator's."""
+
+
+def _warn(message: str) -> None:
+    """A warning at the line outside this package that imports it."""
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((str(_HERE), "<frozen importlib")):
+        frame = frame.f_back
+    registry = frame.f_globals.setdefault("__warningregistry__", {})
+    warnings.warn_explicit(message, UserWarning, frame.f_code.co_filename, frame.f_lineno, frame.f_globals.get("__name__"), registry)
 
 
 def _load_cpu() -> None:
@@ -60,11 +70,11 @@ def _load_cuda() -> None:
 _load_cpu()
 if extension is None:
     missing["_cuda"] = missing["_C"]
-    warnings.warn(f"{missing['_C']}. The slow PyTorch reference is used meanwhile.", stacklevel=3)
+    _warn(f"{missing['_C']}. The slow PyTorch reference is used meanwhile.")
 else:
     _load_cuda()
     if "cannot be loaded" in missing.get("_cuda", ""):
-        warnings.warn(missing["_cuda"], stacklevel=3)
+        _warn(missing["_cuda"])
 
 EMULATED = "WSSS_CUDA_EMULATOR" in os.environ
 """The CUDA kernels run on CPU tensors, in the emulator library that WSSS_CUDA_EMULATOR names (tests only)."""
@@ -99,12 +109,32 @@ def _triton_launcher(module: str, name: str) -> Callable:
     return launch
 
 
+_compiled_ops: list[dict[str, Callable]] = []
+
+
+def _compiled(name: str, schema: str) -> Callable | None:
+    """The operator of the library; `None`, and nothing of the library is used any more, if it is another one than declared."""
+    global extension
+    native = getattr(getattr(torch.ops.wsss, name, None), "default", None)
+    if native is not None and native._schema == torch._C.parse_schema(f"wsss::{schema}"):
+        return native
+    found = f"has no operator {name}" if native is None else f"has {native._schema} instead of {schema}"
+    extension = None
+    missing["_C"] = missing["_cuda"] = f"the compiled kernels are older than the Python files (the library {found}); {REBUILD}"
+    for raw in _compiled_ops:
+        if raw.get("cuda") is raw.pop("cpu"):
+            del raw["cuda"]
+    _compiled_ops.clear()
+    _warn(f"{missing['_C']}. The slow PyTorch reference is used meanwhile.")
+    return None
+
+
 def raw_op(schema: str, fake: Callable, *, triton: str | None = None, triton_fake: Callable | None = None) -> dict[str, Callable]:
     """Declares the opaque operator `schema`, and returns its callables by backend: `raw["cpu"](...)`.
 
     Args:
         schema: as in C++, without namespace: `"par_fwd(Tensor image, ...) -> Tensor"`. The CPU and CUDA kernels are
-            registered in C++ under `wsss::`; a compiled library with another schema is stale and refused.
+            registered in C++ under `wsss::`; a compiled library with another schema is stale and not used at all.
         fake: the shape function, called with the operator's arguments.
         triton: the module that holds the Triton launcher, a function with the operator's name and arguments. It is
             imported at the first call, and lives under `wsss_triton::`, beside the CUDA kernel and not instead of it.
@@ -112,21 +142,13 @@ def raw_op(schema: str, fake: Callable, *, triton: str | None = None, triton_fak
     """
     name = schema.partition("(")[0]
     raw: dict[str, Callable] = {}
-    if extension is not None:
-        try:
-            native = getattr(torch.ops.wsss, name).default
-        except AttributeError:
-            raise ImportError(
-                f"wsss_kernels: the compiled extension has no operator {name}: it is older than the Python files; {REBUILD}"
-            ) from None
-        if native._schema != torch._C.parse_schema(f"wsss::{schema}"):
-            raise ImportError(
-                f"wsss_kernels: the compiled {native._schema} is not {schema}: the extension is older than the Python files; {REBUILD}"
-            )
+    native = _compiled(name, schema) if extension is not None else None
+    if native is not None:
         torch.library.register_fake(f"wsss::{name}", fake, lib=_fragment("wsss"))
         raw["cpu"] = native
         if "_cuda" not in missing:
             raw["cuda"] = native
+        _compiled_ops.append(raw)
     if EMULATED and torch._C._dispatch_has_kernel(f"wsss_emul::{name}"):  # operators without a CUDA kernel are unknown there
         raw["cuda"] = _define("wsss_emul", schema, fake)
     if triton is not None:

@@ -39,7 +39,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ... import _args
-from ..._dispatch import Backend, Operator
+from ..._dispatch import Backend, Operator, apply
 from . import reference
 
 {upper}_OP = Operator("{name}", backends=(Backend("cpu"),))
@@ -87,7 +87,7 @@ def {name}(x: Tensor, scale: float = 1.0, *, backend: str | None = None) -> Tens
         return reference.{name}(x, scale)
     dtype = x.dtype
     (x,) = _args.widen(chosen, x)
-    return _{camel}.apply(x, scale, chosen).to(dtype)
+    return apply(_{camel}, x, scale, chosen).to(dtype)
 ''',
     "wsss_kernels/ops/{name}/spec.py": """from __future__ import annotations
 

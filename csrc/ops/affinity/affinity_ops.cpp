@@ -6,14 +6,26 @@
 namespace wsss {
 namespace {
 
-void check_feature(const Tensor& feature) { WSSS_CHECK(feature.dim() == 3, "affinity: feature must be B×C×N"); }
+// Features …×C×N, as a stack of `batch`.
+struct FeatureShape {
+  int64_t batch = 1, channels, n;
+  std::vector<int64_t> square;  // …×N×N
+  explicit FeatureShape(const Tensor& feature) {
+    const int64_t rank = feature.dim();
+    WSSS_CHECK(rank >= 2, "affinity: feature must be …×C×N");
+    square = sizes_of(feature);
+    channels = square[size_t(rank - 2)], n = square[size_t(rank - 1)];
+    square[size_t(rank - 2)] = n;
+    for (int64_t i = 0; i < rank - 2; ++i) batch *= square[size_t(i)];
+  }
+};
 
 // σ(scale · FᵀF), or the cosines, at least clamp_min.
 Tensor affinity_fwd(const Tensor& feature, bool cosine, double scale, std::optional<double> clamp_min) {
-  check_feature(feature);
+  const FeatureShape shape(feature);
+  const int64_t batch = shape.batch, channels = shape.channels, n = shape.n;
   const Tensor f = dense(feature);
-  const int64_t batch = f.size(0), channels = f.size(1), n = f.size(2);
-  Tensor result = wsss::new_empty(f, {batch, n, n});
+  Tensor result = wsss::new_empty(f, shape.square);
   WSSS_PATH("affinity.forward");
   for_float_type("affinity", f, [&](auto tag) {
     using T = decltype(tag);
@@ -65,14 +77,13 @@ void affinity_adjoint(const PackedFeatures<T>& packed, const T* grad, const T* v
 // `affinity` is what affinity_fwd gave.
 Tensor affinity_bwd(const Tensor& grad, const Tensor& affinity, const Tensor& feature, bool cosine, double scale,
                     std::optional<double> clamp_min) {
-  check_feature(feature);
+  const FeatureShape shape(feature);
+  const int64_t batch = shape.batch, channels = shape.channels, n = shape.n;
   const Tensor f = dense(feature), g = dense(grad), a = dense(affinity);
-  const int64_t batch = f.size(0), channels = f.size(1), n = f.size(2);
   for (const Tensor* t : {&g, &a})
-    WSSS_CHECK(t->dim() == 3 && t->size(0) == batch && t->size(1) == n && t->size(2) == n &&
-                   t->scalar_type() == f.scalar_type(),
-               "affinity: grad and affinity must be B×N×N of the dtype of feature");
-  Tensor result = wsss::new_empty(f, {batch, channels, n});
+    WSSS_CHECK(sizes_of(*t) == shape.square && t->scalar_type() == f.scalar_type(),
+               "affinity: grad and affinity must be …×N×N of the dtype of feature");
+  Tensor result = wsss::new_empty(f, sizes_of(f));
   WSSS_PATH("affinity.backward");
   for_float_type("affinity", f, [&](auto tag) {
     using T = decltype(tag);
@@ -170,8 +181,9 @@ std::tuple<Tensor, Tensor, Tensor> refining_map_fwd(const std::optional<Tensor>&
     for (int64_t b = 0; b < t.batch; ++b) {
       const auto input = t.input<T>(b, false);
       T* to = out<T>(matrix) + b * t.n * t.n;
-      bool* chosen = choose(input, to, out<bool>(gate) + b * t.layers, out<T>(deviation) + b * t.layers);
-      write_refined(input, chosen, to);
+      Buffer<T> kept(input.worth_keeping());
+      bool* chosen = choose(input, to, kept.data(), out<bool>(gate) + b * t.layers, out<T>(deviation) + b * t.layers);
+      write_refined(input, chosen, static_cast<const T*>(kept.data()), to);
     }
   });
   return {matrix, gate, deviation};

@@ -20,6 +20,13 @@ struct RefineInput {
 
   int64_t candidates() const { return layers - first; }
   bool symmetric() const { return !encoder.empty(); }
+  // Values of all candidates on and above the diagonal, in tiles [tile][layer][kTile][kTile], if that is little enough
+  // to keep them from the deviations to the mean; else 0. Maps are in memory anyway.
+  int64_t worth_keeping() const {
+    constexpr int64_t kMost = int64_t(16) << 20;
+    const int64_t tiles = tile_count(n), size = tiles * (tiles + 1) / 2 * candidates() * kTile * kTile;
+    return symmetric() && decoder && size <= kMost ? size : 0;
+  }
 
   // A_l of candidate l, at least `minimum`; tiles of features are written in full panels.
   void candidate(int64_t l, int64_t i0, int64_t ni, int64_t j0, int64_t nj, T* tile, int64_t ld) const {
@@ -47,20 +54,21 @@ struct TileScratch {
   Buffer<T> decoder{kTile * kTile}, encoder{kTile * kTile}, other{kTile * kTile}, turned{kTile * kTile};
 };
 
-// S_l of the candidates. `stored` [n][n], if given, receives A_f.
+// S_l of the candidates. `stored` [n][n], if given, receives A_f, and `kept` the A_l (see worth_keeping).
 template <class T>
-void deviations(const RefineInput<T>& in, T* stored, T* out) {
+void deviations(const RefineInput<T>& in, T* stored, T* kept, T* out) {
   using K = affinity::Kernels<T>;
   const int64_t tiles = tile_count(in.n), count = tiles * (tiles + 1) / 2, layers = in.candidates();
   Buffer<double> partial(count * layers);
   for_upper_tiles<TileScratch<T>>(
       in.n, [&](int64_t i0, int64_t ni, int64_t j0, int64_t nj, int64_t index, TileScratch<T>& s) {
-        T *a = s.decoder.data(), *b = s.encoder.data(), *turned = s.turned.data();
+        T *a = s.decoder.data(), *turned = s.turned.data();
         in.decoder_tile(i0, ni, j0, nj, a, kTile);
         if (stored) K::copy(a, kTile, ni, nj, stored + i0 * in.n + j0, in.n);
         if (i0 != j0) K::transpose(a, kTile, ni, nj, turned, kTile);
         if (stored && i0 != j0) K::copy(turned, kTile, nj, ni, stored + j0 * in.n + i0, in.n);
         for (int64_t l = 0; l < layers; ++l) {
+          T* b = kept ? kept + (index * layers + l) * kTile * kTile : s.encoder.data();
           in.candidate(l, i0, ni, j0, nj, b, kTile);
           double sum = K::deviation(a, kTile, b, kTile, ni, nj, in.is_signed);
           if (i0 != j0 && in.symmetric()) sum *= 2;
@@ -90,16 +98,21 @@ void select(const T* deviation, int64_t count, bool* gate) {
 
 inline int64_t selected(const bool* gate, int64_t count) { return std::count(gate, gate + count, true); }
 
-// sum = the mean of the selected A_l, times A_f where `a` is given. sum and scratch are tiles.
+// sum = the mean of the selected A_l, times A_f where `a` is given. sum and scratch are tiles; `kept` holds the A_l of
+// this tile, or is null.
 template <class T>
 void refined_tile(const RefineInput<T>& in, const bool* gate, int64_t i0, int64_t ni, int64_t j0, int64_t nj, T* sum,
-                  int64_t ld, const T* a, int64_t lda, T* scratch) {
+                  int64_t ld, const T* a, int64_t lda, const T* kept, T* scratch) {
   using K = affinity::Kernels<T>;
   bool first = true;
   for (int64_t l = 0; l < in.candidates(); ++l) {
     if (!gate[l]) continue;
-    in.candidate(l, i0, ni, j0, nj, first ? sum : scratch, first ? ld : kTile);
-    if (!first) K::add(scratch, kTile, ni, nj, sum, ld);
+    const T* tile = kept ? kept + l * kTile * kTile : scratch;
+    if (!kept) in.candidate(l, i0, ni, j0, nj, first ? sum : scratch, first ? ld : kTile);
+    if (!first)
+      K::add(tile, kTile, ni, nj, sum, ld);
+    else if (kept)
+      K::copy(tile, kTile, ni, nj, sum, ld);
     first = false;
   }
   if (first)  // no deviation compares (NaN input): 0/0, as in the equation
@@ -107,20 +120,22 @@ void refined_tile(const RefineInput<T>& in, const bool* gate, int64_t i0, int64_
   K::mean(sum, ld, ni, nj, T(selected(gate, in.candidates())), a, lda);
 }
 
-// R; out holds A_f if there is a decoder.
+// R; out holds A_f if there is a decoder, `kept` the A_l or is null.
 template <class T>
-void write_refined(const RefineInput<T>& in, const bool* gate, T* out) {
+void write_refined(const RefineInput<T>& in, const bool* gate, const T* kept, T* out) {
   using K = affinity::Kernels<T>;
   for_upper_tiles<TileScratch<T>>(
-      in.n, [&](int64_t i0, int64_t ni, int64_t j0, int64_t nj, int64_t, TileScratch<T>& s) {
+      in.n, [&](int64_t i0, int64_t ni, int64_t j0, int64_t nj, int64_t index, TileScratch<T>& s) {
         T *sum = s.encoder.data(), *upper = out + i0 * in.n + j0, *lower = out + j0 * in.n + i0;
-        refined_tile(in, gate, i0, ni, j0, nj, sum, kTile, in.decoder ? upper : nullptr, in.n, s.other.data());
+        const T* tiles = kept ? kept + index * in.candidates() * kTile * kTile : nullptr;
+        refined_tile(in, gate, i0, ni, j0, nj, sum, kTile, in.decoder ? upper : nullptr, in.n, tiles, s.other.data());
         K::copy(sum, kTile, ni, nj, upper, in.n);
         if (i0 == j0) return;
         if (in.symmetric()) {
           K::transpose(sum, kTile, ni, nj, lower, in.n);
         } else {
-          refined_tile(in, gate, j0, nj, i0, ni, sum, kTile, in.decoder ? lower : nullptr, in.n, s.other.data());
+          refined_tile(in, gate, j0, nj, i0, ni, sum, kTile, in.decoder ? lower : nullptr, in.n,
+                       static_cast<const T*>(nullptr), s.other.data());
           K::copy(sum, kTile, nj, ni, lower, in.n);
         }
       });
@@ -143,7 +158,7 @@ struct RefinedRows {
       const int64_t nj = std::min(kTile, in.n - j0);
       if (in.decoder) in.decoder_tile(i0, ni, j0, nj, s.decoder.data(), kTile);
       refined_tile(in, gate, i0, ni, j0, nj, s.rows.data() + j0, stride(), in.decoder ? s.decoder.data() : nullptr,
-                   kTile, s.other.data());
+                   kTile, static_cast<const T*>(nullptr), s.other.data());
     }
     return s.rows.data();
   }

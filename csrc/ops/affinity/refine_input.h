@@ -72,14 +72,14 @@ struct RefineTensors {
   }
 };
 
-// Gate and deviation of all layers; returns the gate of the candidates. `stored` as in `deviations`.
+// Gate and deviation of all layers; returns the gate of the candidates. `stored` and `kept` as in `deviations`.
 template <class T>
-bool* choose(const RefineInput<T>& input, T* stored, bool* gate, T* deviation) {
+bool* choose(const RefineInput<T>& input, T* stored, T* kept, bool* gate, T* deviation) {
   std::fill(gate, gate + input.first, false);
   std::fill(gate + input.first, gate + input.layers, true);
   std::fill(deviation, deviation + input.layers, std::numeric_limits<T>::quiet_NaN());
   if (input.decoder) {
-    deviations(input, stored, deviation + input.first);
+    deviations(input, stored, kept, deviation + input.first);
     select(deviation + input.first, input.candidates(), gate + input.first);
   }
   return gate + input.first;

@@ -7,6 +7,15 @@
 
 namespace wsss {
 namespace affinity {
+// A unit vector is inverse_j · (power_j · x_j): power is 1, or a power of two where the square or the reciprocal of the
+// norm would leave the range of T. inverse is 0 for zero vectors.
+template <class T>
+struct Norms {
+  T *inverse = nullptr, *power = nullptr;
+  explicit operator bool() const { return inverse != nullptr; }
+  __attribute__((always_inline)) T unit(T x, int64_t j) const { return inverse[j] * (power[j] * x); }
+};
+
 #define WSSS_CPU_KERNELS "ops/affinity/affinity_cpu.inc"
 #include "wsss/cpu_kernels.h"
 
@@ -15,7 +24,7 @@ struct Kernels {
 #define WSSS_AFFINITY_KERNEL(name) \
   static constexpr auto name = [](auto&&... a) { return WSSS_CPU(AffinityKernels<T>::name)(a...); }
   WSSS_AFFINITY_KERNEL(width);
-  WSSS_AFFINITY_KERNEL(reciprocal_norms);
+  WSSS_AFFINITY_KERNEL(norms);
   WSSS_AFFINITY_KERNEL(pack_columns);
   WSSS_AFFINITY_KERNEL(pack_channels);
   WSSS_AFFINITY_KERNEL(gram);
@@ -64,7 +73,7 @@ struct PackedFeatures {
   const T* source = nullptr;
   int64_t channels = 0, n = 0;
   bool unit = false;
-  Buffer<T> reciprocal, columns, by_channel;
+  Buffer<T> scales, columns, by_channel;
 
   PackedFeatures() = default;
   PackedFeatures(const T* x, int64_t channels, int64_t n, bool unit, bool backward)
@@ -72,9 +81,9 @@ struct PackedFeatures {
     using K = affinity::Kernels<T>;
     const int64_t w = K::width(), panels = (n + w - 1) / w;
     if (unit) {
-      reciprocal = Buffer<T>(n);
+      scales = Buffer<T>(2 * n);
       parallel_for(0, (n + 63) / 64, 4, [&](int64_t begin, int64_t end) {
-        K::reciprocal_norms(x, channels, n, begin * 64, std::min(n, end * 64), reciprocal.data());
+        K::norms(x, channels, n, begin * 64, std::min(n, end * 64), norms());
       });
     }
     columns = Buffer<T>(panels * channels * w);
@@ -87,7 +96,10 @@ struct PackedFeatures {
       K::pack_channels(x, channels, n, norms(), begin, end, by_channel.data());
     });
   }
-  const T* norms() const { return unit ? reciprocal.data() : nullptr; }
+  affinity::Norms<T> norms() const {
+    T* data = const_cast<T*>(scales.data());
+    return unit ? affinity::Norms<T>{data, data + n} : affinity::Norms<T>{};
+  }
   int64_t channel_panels() const {
     return (channels + affinity::Kernels<T>::width() - 1) / affinity::Kernels<T>::width();
   }

@@ -50,8 +50,19 @@ void check(const Tensor& map, const Tensor& first, int64_t height, int64_t width
              "fuse_cams: maps B×K×h×w of one dtype and a size of at least 1×1 expected");
 }
 
-Tensor fwd(std::vector<Tensor> maps, std::vector<double> weights, int64_t height, int64_t width) {
+std::optional<Tensor> checked_gate(const std::optional<Tensor>& present, const Tensor& map) {
+  if (!present) return std::nullopt;
+  WSSS_CHECK(present->dim() == 2 && present->size(0) == map.size(0) && present->size(1) == map.size(1) &&
+                 present->scalar_type() == map.scalar_type(),
+             "fuse_cams: present must be B×K of the dtype of the maps");
+  return dense(*present);
+}
+
+// `present`, B×K, scales the weights of each plane.
+Tensor fwd(std::vector<Tensor> maps, std::vector<double> weights, std::optional<Tensor> present, int64_t height,
+           int64_t width) {
   WSSS_CHECK(!maps.empty() && maps.size() == weights.size(), "fuse_cams: one weight per map expected");
+  const std::optional<Tensor> gate = checked_gate(present, maps[0]);
   std::vector<Tensor> given;
   std::vector<Axes> axes;
   int64_t rows = 0;
@@ -73,8 +84,10 @@ Tensor fwd(std::vector<Tensor> maps, std::vector<double> weights, int64_t height
         sources.push_back(
             {nullptr, given[i].size(2), given[i].size(3), T(weights[i]), axes[i].row.data(), axes[i].column.data()});
       for (int64_t plane = begin; plane < end; ++plane) {
-        for (size_t i = 0; i < given.size(); ++i)
+        for (size_t i = 0; i < given.size(); ++i) {
           sources[i].map = in<T>(given[i]) + plane * sources[i].height * sources[i].width;
+          if (gate) sources[i].weight = T(weights[i]) * in<T>(*gate)[plane];
+        }
         resize_sum(tag)(sources.data(), int64_t(sources.size()), height, width, columns.data(),
                         y + plane * height * width);
       }
@@ -84,8 +97,9 @@ Tensor fwd(std::vector<Tensor> maps, std::vector<double> weights, int64_t height
 }
 
 // The gradient of one map of h×w.
-Tensor bwd(const Tensor& grad, double weight, int64_t h, int64_t w) {
+Tensor bwd(const Tensor& grad, double weight, const std::optional<Tensor>& present, int64_t h, int64_t w) {
   check(grad, grad, h, w);
+  const std::optional<Tensor> gate = checked_gate(present, grad);
   const Tensor given = dense(grad);
   const int64_t height = grad.size(2), width = grad.size(3);
   const Axes axes{taps(h, height), taps(w, width)};
@@ -95,11 +109,13 @@ Tensor bwd(const Tensor& grad, double weight, int64_t h, int64_t w) {
     using T = decltype(tag);
     const T* g = in<T>(given);
     T* to = out<T>(result);
-    const Source<T> source{nullptr, h, w, T(weight), axes.row.data(), axes.column.data()};
     parallel_for(0, grad.size(0) * grad.size(1), 1, [&](int64_t begin, int64_t end) {
       Buffer<T> columns(h * width);
-      for (int64_t plane = begin; plane < end; ++plane)
+      Source<T> source{nullptr, h, w, T(weight), axes.row.data(), axes.column.data()};
+      for (int64_t plane = begin; plane < end; ++plane) {
+        if (gate) source.weight = T(weight) * in<T>(*gate)[plane];
         resize_adjoint(tag)(source, height, width, g + plane * height * width, columns.data(), to + plane * h * w);
+      }
     });
   });
   return result;
@@ -108,8 +124,8 @@ Tensor bwd(const Tensor& grad, double weight, int64_t h, int64_t w) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(wsss, m) {
-  m.def("fuse_cams_fwd(Tensor[] maps, float[] weights, int height, int width) -> Tensor");
-  m.def("fuse_cams_bwd(Tensor grad, float weight, int height, int width) -> Tensor");
+  m.def("fuse_cams_fwd(Tensor[] maps, float[] weights, Tensor? present, int height, int width) -> Tensor");
+  m.def("fuse_cams_bwd(Tensor grad, float weight, Tensor? present, int height, int width) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(wsss, CPU, m) {
   m.impl("fuse_cams_fwd", TORCH_BOX(&fwd));

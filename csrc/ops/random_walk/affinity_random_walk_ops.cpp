@@ -9,9 +9,12 @@ namespace {
 
 constexpr const char* kOp = "affinity_random_walk";
 
-void check_cam(const Tensor& cam, const RefineTensors& t, int64_t sinkhorn_iter, int64_t power) {
-  WSSS_CHECK(cam.dim() == 3 && cam.size(0) == t.batch && cam.size(2) == t.n, kOp, ": cam must be B×K×N");
+void check_cam(const Tensor& cam, const std::optional<Tensor>& mask, const RefineTensors& t, int64_t sinkhorn_iter,
+               int64_t power) {
+  WSSS_CHECK(cam.dim() == 4 && cam.size(0) == t.batch && cam.size(2) * cam.size(3) == t.n, kOp,
+             ": cam must be B×K×h×w with h·w = N");
   WSSS_CHECK(cam.scalar_type() == t.compute, kOp, ": cam must have the computing dtype");
+  check_mask(kOp, cam, mask);
   WSSS_CHECK(sinkhorn_iter >= 0 && power >= 0, kOp, ": sinkhorn_iter and power must be at least 0");
 }
 
@@ -19,32 +22,34 @@ int64_t tape_rows(int64_t classes, int64_t sinkhorn_iter, int64_t power) {
   return power && classes ? Tape::rows(classes, sinkhorn_iter, power) : 0;
 }
 
-// (T^power cam, tape, gate)
-std::tuple<Tensor, Tensor, Tensor> affinity_random_walk_fwd(const Tensor& cam, const std::optional<Tensor>& decoder,
-                                                            const Tensor& encoder, bool maps, int64_t first_layer,
-                                                            bool is_signed, std::optional<double> clamp_min,
+// (T^power (mask ⊙ cam) or mask ⊙ T^power cam, tape, gate)
+std::tuple<Tensor, Tensor, Tensor> affinity_random_walk_fwd(const Tensor& cam, const std::optional<Tensor>& mask,
+                                                            const std::optional<Tensor>& decoder, const Tensor& encoder,
+                                                            bool maps, int64_t first_layer, bool is_signed,
+                                                            std::optional<double> clamp_min, bool target,
                                                             int64_t sinkhorn_iter, int64_t power) {
   const RefineTensors t(kOp, decoder, encoder, maps, first_layer, is_signed, clamp_min);
-  check_cam(cam, t, sinkhorn_iter, power);
+  check_cam(cam, mask, t, sinkhorn_iter, power);
   const Tensor c = dense(cam);
+  const auto weight = dense(mask);
   const int64_t classes = c.size(1), rows = tape_rows(classes, sinkhorn_iter, power), size = classes * t.n;
-  Tensor result = wsss::new_empty(c, {t.batch, classes, t.n}),
-         tape = wsss::new_empty(c, {t.batch, rows, t.n}, ScalarType::Double);
+  Tensor result = wsss::new_empty(c, sizes_of(c)), tape = wsss::new_empty(c, {t.batch, rows, t.n}, ScalarType::Double);
   Tensor gate = wsss::new_empty(c, {t.batch, t.layers}, ScalarType::Bool);
   for_float_type(kOp, c, [&](auto tag) {
     using T = decltype(tag);
     Buffer<T> deviation(t.layers);
     for (int64_t b = 0; b < t.batch; ++b) {
       const auto input = t.input<T>(b, false);
-      const bool* chosen = choose(input, static_cast<T*>(nullptr), out<bool>(gate) + b * t.layers, deviation.data());
+      const bool* chosen = choose<T>(input, nullptr, nullptr, out<bool>(gate) + b * t.layers, deviation.data());
       const T* from = in<T>(c) + b * size;
+      const WalkMask<T> masks(weight, target, b * size);
       if (rows == 0) {
-        if (size) std::copy(from, from + size, out<T>(result) + b * size);
+        stand_still(from, masks, size, out<T>(result) + b * size);
         continue;
       }
       WSSS_PATH("affinity_random_walk.streaming.forward");
       const RefinedRows<T> source{input, chosen};
-      walk_forward(source, from, Tape{out<double>(tape) + b * rows * t.n, t.n, classes, sinkhorn_iter, power},
+      walk_forward(source, from, masks, Tape{out<double>(tape) + b * rows * t.n, t.n, classes, sinkhorn_iter, power},
                    out<T>(result) + b * size);
     }
   });
@@ -52,21 +57,23 @@ std::tuple<Tensor, Tensor, Tensor> affinity_random_walk_fwd(const Tensor& cam, c
 }
 
 // Gradients with respect to cam, the decoder's features and the encoder; the last two empty where they are not wanted.
-std::tuple<Tensor, Tensor, Tensor> affinity_random_walk_bwd(const Tensor& grad, const std::optional<Tensor>& decoder,
-                                                            const Tensor& encoder, const Tensor& tape,
-                                                            const Tensor& gate, bool maps, int64_t first_layer,
-                                                            bool is_signed, std::optional<double> clamp_min,
+std::tuple<Tensor, Tensor, Tensor> affinity_random_walk_bwd(const Tensor& grad, const std::optional<Tensor>& mask,
+                                                            const std::optional<Tensor>& decoder, const Tensor& encoder,
+                                                            const Tensor& tape, const Tensor& gate, bool maps,
+                                                            int64_t first_layer, bool is_signed,
+                                                            std::optional<double> clamp_min, bool target,
                                                             int64_t sinkhorn_iter, int64_t power, bool need_decoder,
                                                             bool need_encoder) {
   const RefineTensors t(kOp, decoder, encoder, maps, first_layer, is_signed, clamp_min);
-  check_cam(grad, t, sinkhorn_iter, power);
+  check_cam(grad, mask, t, sinkhorn_iter, power);
   const Tensor g = dense(grad), saved = dense(tape), chosen = dense(gate);
+  const auto weight = dense(mask);
   const int64_t classes = g.size(1), rows = tape_rows(classes, sinkhorn_iter, power), size = classes * t.n;
   WSSS_CHECK(saved.dim() == 3 && saved.size(0) == t.batch && saved.size(1) == rows && saved.size(2) == t.n &&
                  saved.scalar_type() == ScalarType::Double && chosen.dim() == 2 && chosen.size(0) == t.batch &&
                  chosen.size(1) == t.layers && chosen.scalar_type() == ScalarType::Bool,
              kOp, ": tape or gate does not belong to this call");
-  Tensor grad_cam = wsss::new_empty(g, {t.batch, classes, t.n});
+  Tensor grad_cam = wsss::new_empty(g, sizes_of(g));
   auto [to_decoder, to_encoder] = t.gradients(need_decoder, need_encoder);
   const bool need_map = need_decoder || need_encoder;
   for_float_type(kOp, g, [&](auto tag) {
@@ -74,14 +81,16 @@ std::tuple<Tensor, Tensor, Tensor> affinity_random_walk_bwd(const Tensor& grad, 
     for (int64_t b = 0; b < t.batch; ++b) {
       const auto input = t.input<T>(b, need_map);
       const bool* gates = in<bool>(chosen) + b * t.layers + first_layer;
+      const WalkMask<T> masks(weight, target, b * size);
       LowRank low(t.n, rows && need_map ? walk_rank(classes, sinkhorn_iter, power) : 0);
       if (rows) {
         WSSS_PATH("affinity_random_walk.streaming.backward");
         const RefinedRows<T> source{input, gates};
         const Tape walked{const_cast<double*>(in<double>(saved)) + b * rows * t.n, t.n, classes, sinkhorn_iter, power};
-        walk_backward(source, in<T>(g) + b * size, walked, out<T>(grad_cam) + b * size, need_map ? &low : nullptr);
-      } else if (size) {
-        std::copy(in<T>(g) + b * size, in<T>(g) + (b + 1) * size, out<T>(grad_cam) + b * size);
+        walk_backward(source, in<T>(g) + b * size, masks, walked, out<T>(grad_cam) + b * size,
+                      need_map ? &low : nullptr);
+      } else {
+        stand_still(in<T>(g) + b * size, masks, size, out<T>(grad_cam) + b * size);
       }
       if (!need_map) continue;
       const LowRankGradient<T> source{low.u.data(), low.v.data(), low.rank, low.stride};
@@ -97,14 +106,12 @@ std::tuple<Tensor, Tensor, Tensor> affinity_random_walk_bwd(const Tensor& grad, 
 
 STABLE_TORCH_LIBRARY_FRAGMENT(wsss, m) {
   m.def(
-      "affinity_random_walk_fwd(Tensor cam, Tensor? decoder, Tensor encoder, bool maps, int first_layer, bool signed, "
-      "float? clamp_min, "
-      "int sinkhorn_iter, int power) -> (Tensor, Tensor, Tensor)");
+      "affinity_random_walk_fwd(Tensor cam, Tensor? mask, Tensor? decoder, Tensor encoder, bool maps, int first_layer, "
+      "bool signed, float? clamp_min, bool target, int sinkhorn_iter, int power) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "affinity_random_walk_bwd(Tensor grad, Tensor? decoder, Tensor encoder, Tensor tape, Tensor gate, bool maps, int "
-      "first_layer, bool "
-      "signed, float? clamp_min, int sinkhorn_iter, int power, bool need_decoder, bool need_encoder) -> (Tensor, "
-      "Tensor, Tensor)");
+      "affinity_random_walk_bwd(Tensor grad, Tensor? mask, Tensor? decoder, Tensor encoder, Tensor tape, Tensor gate, "
+      "bool maps, int first_layer, bool signed, float? clamp_min, bool target, int sinkhorn_iter, int power, "
+      "bool need_decoder, bool need_encoder) -> (Tensor, Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(wsss, CPU, m) {
   m.impl("affinity_random_walk_fwd", TORCH_BOX(&wsss::affinity_random_walk_fwd));

@@ -1,5 +1,7 @@
 // The random walk y ← ½ (S + Sᵀ) y, S = diag(row)·A·diag(col), by passes over rows of A: one pass gives both products.
 #pragma once
+#include <optional>
+
 #include "ops/sinkhorn/scaling.h"
 
 namespace wsss {
@@ -83,12 +85,43 @@ void last_row_and_first_step(const Source& source, const Tape& tape, WalkSpace<T
   std::copy(space.product.data() + n, space.product.data() + (tape.classes + 1) * n, tape.by_col(0));
 }
 
+inline std::optional<Tensor> dense(const std::optional<Tensor>& t) {
+  return t ? std::optional<Tensor>(dense(*t)) : std::nullopt;
+}
+inline void check_mask(const char* op, const Tensor& cam, const std::optional<Tensor>& mask) {
+  WSSS_CHECK(!mask || (sizes_of(*mask) == sizes_of(cam) && mask->scalar_type() == cam.scalar_type()), op,
+             ": mask must have the shape and the dtype of cam");
+}
+
+// Where the mask [classes][n] multiplies: the maps that walk, or those that have walked. One of the two, or neither.
+template <class T>
+struct WalkMask {
+  const T *source = nullptr, *target = nullptr;
+  WalkMask(const std::optional<Tensor>& mask, bool target_side, int64_t at) {
+    if (mask) (target_side ? target : source) = in<T>(*mask) + at;
+  }
+};
+
+template <class T, class From, class To>
+void masked_copy(const From* from, const T* mask, int64_t count, To* to) {
+  if (mask)
+    for (int64_t i = 0; i < count; ++i) to[i] = T(from[i]) * mask[i];
+  else
+    std::copy(from, from + count, to);
+}
+
+// No step, or no class: only the mask.
+template <class T>
+void stand_still(const T* cam, const WalkMask<T>& mask, int64_t count, T* out) {
+  masked_copy(cam, mask.source ? mask.source : mask.target, count, out);
+}
+
 // out = T^power cam; cam and out [classes][n], power and classes at least 1. Passes over A: 1 + rounds + power - 1.
 template <class T, class Source>
-void walk_forward(const Source& source, const T* cam, const Tape& tape, T* out) {
+void walk_forward(const Source& source, const T* cam, const WalkMask<T>& mask, const Tape& tape, T* out) {
   const int64_t n = tape.n, size = tape.classes * n;
   WalkSpace<T> space(n, tape.classes);
-  std::copy(cam, cam + size, tape.input(0));
+  masked_copy(cam, mask.source, size, tape.input(0));
   if (tape.rounds) {
     scale_until_last_row(source, tape.scalings(), space.pass, space.right.data(), space.product.data(),
                          space.sums.data());
@@ -102,7 +135,7 @@ void walk_forward(const Source& source, const T* cam, const Tape& tape, T* out) 
     if (s + 1 == tape.power) break;
     both_products(source, tape, next, space, tape.by_col(s + 1), tape.by_row(s + 1));
   }
-  std::copy(space.state.data(), space.state.data() + size, out);
+  masked_copy(space.state.data(), mask.target, size, out);
 }
 
 // What step s adds to the gradients of the scalings and, in low rank, of A. g: the gradient of the step's output.
@@ -131,12 +164,13 @@ inline int64_t walk_rank(int64_t classes, int64_t rounds, int64_t power) { retur
 
 // grad_cam from grad, both [classes][n], and the gradient with respect to A in `low`, where it is wanted.
 template <class T, class Source>
-void walk_backward(const Source& source, const T* grad, const Tape& tape, T* grad_cam, LowRank* low) {
+void walk_backward(const Source& source, const T* grad, const WalkMask<T>& mask, const Tape& tape, T* grad_cam,
+                   LowRank* low) {
   const int64_t n = tape.n, size = tape.classes * n;
   WalkSpace<T> space(n, tape.classes);
   Buffer<double> by_col(size), by_row(size), grad_row(n), grad_col(n);
   double* g = space.state.data();
-  std::copy(grad, grad + size, g);
+  masked_copy(grad, mask.target, size, g);
   std::fill(grad_row.data(), grad_row.data() + n, 0.);
   std::fill(grad_col.data(), grad_col.data() + n, 0.);
   for (int64_t s = tape.power - 1; s >= 0; --s) {
@@ -144,7 +178,7 @@ void walk_backward(const Source& source, const T* grad, const Tape& tape, T* gra
     if (low) step_adjoint(tape, s, g, by_col.data(), by_row.data(), grad_row.data(), grad_col.data(), *low);
     walk::Kernels<T>::symmetrised(tape.row(), tape.col(), by_col.data(), by_row.data(), tape.classes, n, g);
   }
-  std::copy(g, g + size, grad_cam);
+  masked_copy(g, mask.source, size, grad_cam);
   if (!low || !tape.rounds) return;
   double* grad_sums = grad_row.data();
   for (int64_t i = 0; i < n; ++i) grad_sums[i] = -(grad_row[i] * tape.row()[i]) * tape.row()[i];

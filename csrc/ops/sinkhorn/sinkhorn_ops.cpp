@@ -6,9 +6,16 @@
 namespace wsss {
 namespace {
 
-Tensor square(const char* op, const char* name, const Tensor& t) {
-  WSSS_CHECK(t.dim() == 3 && t.size(1) == t.size(2), op, ": ", name, " must be B×N×N");
-  return dense(t);
+// …×N×N, as a stack of `batch` matrices.
+struct Square {
+  Tensor matrix;
+  int64_t batch, n;
+};
+
+Square square(const char* op, const char* name, const Tensor& t) {
+  const int64_t rank = t.dim(), n = rank >= 2 ? t.size(rank - 1) : 0;
+  WSSS_CHECK(rank >= 2 && t.size(rank - 2) == n, op, ": ", name, " must be …×N×N");
+  return {dense(t), n ? t.numel() / (n * n) : 0, n};
 }
 
 template <class T>
@@ -53,40 +60,65 @@ void backward_one(const T* grad, const T* matrix, int64_t n, int64_t rounds, dou
   write_low_rank(low, grad, s.row(rounds), s.col(rounds), out);
 }
 
+void note_path(int64_t n) {
+  WSSS_PATH("sinkhorn.forward");
+  if (n <= 192) WSSS_PATH("sinkhorn.forward.small");
+}
+
 // The normalised matrix and the scalings of every round in float64, B×2·num_iter×N: col_1, row_1, col_2, ...
-std::tuple<Tensor, Tensor> sinkhorn_fwd(const Tensor& matrix, int64_t num_iter, bool write) {
-  const Tensor m = square("sinkhorn", "matrix", matrix);
-  const int64_t batch = m.size(0), n = m.size(1);
+std::tuple<Tensor, Tensor> sinkhorn_fwd(const Tensor& matrix, int64_t num_iter) {
+  const auto [m, batch, n] = square("sinkhorn", "matrix", matrix);
   WSSS_CHECK(num_iter >= 0, "sinkhorn: num_iter must be at least 0, got ", num_iter);
-  Tensor normalised = wsss::new_empty(m, write ? std::vector<int64_t>{batch, n, n} : std::vector<int64_t>{0, n, n});
+  Tensor normalised = wsss::new_empty(m, sizes_of(m));
   Tensor scales = wsss::new_empty(m, {batch, 2 * num_iter, n}, ScalarType::Double);
   if (batch && n) {
-    WSSS_PATH("sinkhorn.forward");
-    if (n <= 192) WSSS_PATH("sinkhorn.forward.small");
-    for_float_type("sinkhorn", m, [&](auto tag) {
+    note_path(n);
+    for_float_type("sinkhorn", m, [&, &m = m, n = n](auto tag) {
       using T = decltype(tag);
       for_each_matrix(batch, n, [&](int64_t b) {
         forward_one(in<T>(m) + b * n * n, n, num_iter, out<double>(scales) + b * 2 * num_iter * n,
-                    write ? out<T>(normalised) + b * n * n : nullptr);
+                    out<T>(normalised) + b * n * n);
       });
     });
   }
   return {normalised, scales};
 }
 
+// The vectors (row, col), …×N; num_iter at least 1.
+std::tuple<Tensor, Tensor> sinkhorn_scaling_fwd(const Tensor& matrix, int64_t num_iter) {
+  const auto [m, batch, n] = square("sinkhorn_scaling", "matrix", matrix);
+  WSSS_CHECK(num_iter >= 1, "sinkhorn_scaling: num_iter must be at least 1, got ", num_iter);
+  std::vector<int64_t> sizes = sizes_of(m);
+  sizes.pop_back();
+  Tensor row = wsss::new_empty(m, sizes), col = wsss::new_empty(m, sizes);
+  if (batch && n) {
+    note_path(n);
+    for_float_type("sinkhorn_scaling", m, [&, &m = m, n = n](auto tag) {
+      using T = decltype(tag);
+      for_each_matrix(batch, n, [&](int64_t b) {
+        Buffer<double> scales(2 * num_iter * n);
+        forward_one<T>(in<T>(m) + b * n * n, n, num_iter, scales.data(), nullptr);
+        const double* last = scales.data() + 2 * (num_iter - 1) * n;
+        std::copy(last, last + n, out<T>(col) + b * n);
+        std::copy(last + n, last + 2 * n, out<T>(row) + b * n);
+      });
+    });
+  }
+  return {row, col};
+}
+
 Tensor sinkhorn_bwd(const Tensor& grad, const Tensor& matrix, const Tensor& scales) {
-  const Tensor m = square("sinkhorn", "matrix", matrix), g = square("sinkhorn", "grad", grad);
-  const Tensor s = dense(scales);
-  const int64_t batch = m.size(0), n = m.size(1);
-  WSSS_CHECK(g.size(0) == batch && g.size(1) == n, "sinkhorn: grad must have the shape of matrix");
+  const auto [m, batch, n] = square("sinkhorn", "matrix", matrix);
+  const Tensor g = dense(grad), s = dense(scales);
+  WSSS_CHECK(sizes_of(g) == sizes_of(m), "sinkhorn: grad must have the shape of matrix");
   WSSS_CHECK(s.dim() == 3 && s.size(0) == batch && s.size(2) == n && s.size(1) % 2 == 0,
              "sinkhorn: scales must be B×2·num_iter×N");
   WSSS_CHECK(g.scalar_type() == m.scalar_type() && s.scalar_type() == ScalarType::Double,
              "sinkhorn: grad of the dtype of matrix and float64 scales expected");
-  Tensor result = wsss::new_empty(m, {batch, n, n});
+  Tensor result = wsss::new_empty(m, sizes_of(m));
   if (batch && n) {
     WSSS_PATH("sinkhorn.backward");
-    for_float_type("sinkhorn", m, [&](auto tag) {
+    for_float_type("sinkhorn", m, [&, &m = m, n = n](auto tag) {
       using T = decltype(tag);
       for_each_matrix(batch, n, [&](int64_t b) {
         backward_one(in<T>(g) + b * n * n, in<T>(m) + b * n * n, n, s.size(1) / 2,
@@ -101,10 +133,12 @@ Tensor sinkhorn_bwd(const Tensor& grad, const Tensor& matrix, const Tensor& scal
 }  // namespace wsss
 
 STABLE_TORCH_LIBRARY_FRAGMENT(wsss, m) {
-  m.def("sinkhorn_fwd(Tensor matrix, int num_iter, bool write) -> (Tensor, Tensor)");
+  m.def("sinkhorn_fwd(Tensor matrix, int num_iter) -> (Tensor, Tensor)");
+  m.def("sinkhorn_scaling_fwd(Tensor matrix, int num_iter) -> (Tensor, Tensor)");
   m.def("sinkhorn_bwd(Tensor grad, Tensor matrix, Tensor scales) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(wsss, CPU, m) {
   m.impl("sinkhorn_fwd", TORCH_BOX(&wsss::sinkhorn_fwd));
+  m.impl("sinkhorn_scaling_fwd", TORCH_BOX(&wsss::sinkhorn_scaling_fwd));
   m.impl("sinkhorn_bwd", TORCH_BOX(&wsss::sinkhorn_bwd));
 }

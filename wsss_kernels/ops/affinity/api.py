@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ... import _args
-from ..._dispatch import Backend, Operator
+from ..._dispatch import Backend, Operator, apply
 from . import reference
 from .reference import RefiningMap
 
@@ -22,7 +20,7 @@ REFINE_OPTIONS = "bool maps, int first_layer, bool signed, float? clamp_min"
 
 
 def _square(feature, *options):
-    return feature.new_empty(feature.shape[0], feature.shape[2], feature.shape[2])
+    return feature.new_empty(*feature.shape[:-2], feature.shape[-1], feature.shape[-1])
 
 
 def _fake_refining_map(decoder, encoder, *options):
@@ -119,8 +117,7 @@ class _RefiningMap(torch.autograd.Function):
 
 def _square_affinity(op: Operator, feature: Tensor, backend: str, cosine: bool, scale: float, clamp_min: float | None) -> Tensor:
     (wide,) = _args.widen(backend, feature)
-    result = _Affinity.apply(wide.reshape(math.prod(wide.shape[:-2]), *wide.shape[-2:]), backend, cosine, scale, clamp_min)
-    return result.reshape(*feature.shape[:-2], *result.shape[-2:]).to(feature.dtype)
+    return _args.rounded(apply(_Affinity, wide, backend, cosine, scale, clamp_min), feature.dtype)
 
 
 def cosine_affinity(feature: Tensor, *, clamp_min: float | None = None, backend: str | None = None) -> Tensor:
@@ -204,7 +201,7 @@ def affinity_deviation(decoder_affinity: Tensor, encoder_affinity: Tensor, *, si
     chosen = DEVIATION_OP.resolve(pair, backend)
     if chosen == "reference":
         return reference.affinity_deviation(*pair, signed=bool(signed))
-    return _Deviation.apply(*_args.widen(chosen, *pair), bool(signed), chosen)
+    return apply(_Deviation, *_args.widen(chosen, *pair), bool(signed), chosen)
 
 
 def check_refining(
@@ -236,7 +233,7 @@ def widen_refining(decoder_feature: Tensor | None, encoder: Tensor, maps: bool, 
 
 def refined_matrix(decoder: Tensor | None, encoder: Tensor, backend: str, *options) -> Tensor:
     """The matrix of the refining map, unrounded."""
-    return _RefiningMap.apply(decoder, encoder, backend, *options)[0]
+    return apply(_RefiningMap, decoder, encoder, backend, *options)[0]
 
 
 def refining_map(
@@ -288,5 +285,5 @@ def refining_map(
         )
     minimum = None if clamp_min is None else float(clamp_min)
     decoder, wide = widen_refining(decoder_feature, encoder, maps, chosen)
-    matrix, gate, deviation = _RefiningMap.apply(decoder, wide, chosen, maps, int(first_layer), signed, minimum)
-    return RefiningMap(matrix.to(tensors[0].dtype), gate, deviation)
+    matrix, gate, deviation = apply(_RefiningMap, decoder, wide, chosen, maps, int(first_layer), signed, minimum)
+    return RefiningMap(_args.rounded(matrix, tensors[0].dtype), gate, deviation)

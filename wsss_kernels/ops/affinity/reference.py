@@ -28,19 +28,29 @@ def clamp(x: torch.Tensor, minimum: float | None) -> torch.Tensor:
     return x if minimum is None else torch.where(x <= minimum, minimum, x)
 
 
+def gram(x: torch.Tensor) -> torch.Tensor:
+    """XᵀX, symmetric to the last bit: a library product may round (i, j) and (j, i) differently."""
+    product = x.transpose(-1, -2) @ x
+    return 0.5 * (product + product.transpose(-1, -2))
+
+
 def cosine_affinity(feature: torch.Tensor, *, clamp_min: float | None = None) -> torch.Tensor:
     """Cosine of every pair of columns (M4 Eq. 3.8–3.9): Tensor[..., C, N] → Tensor[..., N, N]. Zero vectors give 0, with gradient 0."""
     x = wide(feature)
+    if x.shape[-2]:
+        # Lengths near the ends of the range of numbers: their squares would overflow or vanish, which the direction does not.
+        most = x.detach().abs().amax(-2, keepdim=True)
+        x = x / torch.where((most > 0) & most.isfinite(), most, 1)
     square = (x * x).sum(-2, keepdim=True)
     zero = square == 0
     unit = torch.where(zero, 0, x / torch.where(zero, 1, square).sqrt())
-    return clamp(unit.transpose(-1, -2) @ unit, clamp_min).to(feature.dtype)
+    return clamp(gram(unit), clamp_min).to(feature.dtype)
 
 
 def sigmoid_affinity(feature: torch.Tensor, *, scale: float = 1.0) -> torch.Tensor:
     """σ(scale · FᵀF) (M4 Eq. 3.11): Tensor[..., C, N] → Tensor[..., N, N]."""
     x = wide(feature)
-    return torch.sigmoid(scale * (x.transpose(-1, -2) @ x)).to(feature.dtype)
+    return torch.sigmoid(scale * gram(x)).to(feature.dtype)
 
 
 def affinity_deviation(decoder_affinity: torch.Tensor, encoder_affinity: torch.Tensor, *, signed: bool = False) -> torch.Tensor:

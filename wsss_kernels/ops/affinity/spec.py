@@ -6,6 +6,8 @@ from ..._spec import Case, Malformed, OpSpec, Sample, rand, randn
 from . import api, reference
 
 TILE = 128
+MOST_KEPT = 2**24
+"""Values of all A_l that the CPU kernel keeps between its two passes; beyond it computes them twice."""
 
 
 def scaled(*size: int, seed: int = 0) -> torch.Tensor:
@@ -48,12 +50,23 @@ def square_samples(**options) -> list[Sample]:
     ]
 
 
+WIDE = (torch.float32, torch.float64)
+
+
+def lengths(feature: torch.Tensor, *powers: int) -> torch.Tensor:
+    """Columns in turn times these powers of two: the cosines are the same."""
+    factor = torch.exp2(torch.tensor(powers, dtype=torch.float64))
+    return feature * factor[torch.arange(feature.shape[-1]) % len(powers)]
+
+
 def cosine_samples() -> list[Sample]:
     # one channel or one token: cosines are ±1 whatever the length, so that the true gradient is 0 and only rounding is seen
     return [s for s in square_samples() if s.note not in ("one channel", "one token")] + [
         Sample("clamped", (scaled(2, 7, 13),), {"clamp_min": 0.0}),
         Sample("clamped above 0", (scaled(1, 5, 151),), {"clamp_min": 0.25}, small=False),
         Sample("zero vector (kink)", (with_zero_vector(scaled(2, 5, 9)),), gradcheck=False),
+        Sample("lengths at the ends of float32", (lengths(scaled(2, 7, 13), -120, 0, 120),), gradcheck=False, dtypes=WIDE),
+        Sample("lengths at the ends of float64", (lengths(scaled(2, 7, 13), -1000, 0, 1000),), gradcheck=False, dtypes=WIDE[1:]),
         Sample("nothing but zeros (kink)", (torch.zeros(1, 3, 4, dtype=torch.float64),), gradcheck=False),
     ]
 
@@ -100,6 +113,7 @@ def refining_samples() -> list[Sample]:
         Sample("one token", (scaled(2, 3, 1), spread_maps(3, 1) + 0.5), as_maps),
         Sample("empty batch", (decoder[:0], features[:0])),
         Sample("zero vector (kink)", (decoder, with_zero_vector(features)), gradcheck=False),
+        Sample("lengths at the ends of float32", (decoder, lengths(features, -120, 0, 120)), gradcheck=False, dtypes=WIDE),
         Sample("several tiles, prime", (scaled(1, 9, 151), spread_features(3, 21, 151, 1)), small=False),
         Sample("several tiles of maps, prime", (scaled(1, 9, 151), spread_maps(3, 151, 1)), as_maps, small=False),
     ]
@@ -222,6 +236,11 @@ def _deviation_case(n: int) -> Case:
     return Case(f"n{n}_l6", make)
 
 
+def tile_count(n: int) -> int:
+    """Tiles on and above the diagonal."""
+    return -(-n // TILE) * (-(-n // TILE) + 1) // 2
+
+
 def packed_bytes(channels: int, n: int) -> float:
     """Features in panels, their norms, and four tiles per thread."""
     return 4.0 * (channels * (n + 32) + n + 4 * TILE * TILE * torch.get_num_threads())
@@ -231,20 +250,21 @@ def _square_bytes(feature: torch.Tensor, **_) -> float:
     return packed_bytes(*feature.shape[-2:])
 
 
-def refining_bytes(decoder_feature, encoder, *, encoder_is="feature", **_) -> float:
-    """Packed features of one image and the deviations' partial sums; R itself is the result."""
+def refining_bytes(decoder_feature, encoder, *, encoder_is="feature", keep=True, **_) -> float:
+    """Packed features of one image, the deviations' partial sums, and the A_l where they are kept; R itself is the result."""
     n = encoder.shape[-1]
     channels = 0 if decoder_feature is None else decoder_feature.shape[1]
     channels += 0 if encoder_is == "affinity" else encoder.shape[1] * (encoder.shape[2] + 1)
-    tiles = -(-n // TILE)
-    return packed_bytes(channels, n) + 8.0 * encoder.shape[1] * tiles * (tiles + 1) / 2
+    upper = tile_count(n)
+    kept = 0 if encoder_is == "affinity" or decoder_feature is None or not keep else upper * encoder.shape[1] * TILE * TILE
+    return packed_bytes(channels, n) + 8.0 * encoder.shape[1] * upper + (4.0 * kept if kept <= MOST_KEPT else 0)
 
 
 def refining_flops(decoder_feature, encoder, *, encoder_is="feature", **_) -> float:
-    """Half of every Gram matrix once, that of the selected layers (counted as one half of all) twice."""
+    """Half of every Gram matrix."""
     n = encoder.shape[-1]
     channels = 0 if decoder_feature is None else decoder_feature.shape[1]
-    return encoder.shape[0] * n * n * (channels + (0 if encoder_is == "affinity" else 1.5 * encoder.shape[1] * encoder.shape[2]))
+    return 1.0 * encoder.shape[0] * n * n * (channels + (0 if encoder_is == "affinity" else encoder.shape[1] * encoder.shape[2]))
 
 
 SQUARE = {

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ... import _args
-from ..._dispatch import Backend, Operator
+from ..._dispatch import Backend, Operator, apply
 from . import reference
 
 AFFINITY_LOSS_OP = Operator("affinity_loss", backends=(Backend("cpu"),))
@@ -72,7 +72,7 @@ def affinity_loss(
     _args.tensor(op, "feature", feature, "B×d×h×w", spatial=2)
     _args.tensor(op, "label", label, "B×h×w", kind="label", spatial=2)
     sizes = (feature.shape[0], *feature.shape[2:])
-    _args.same(op, "feature", tuple(sizes), "label", tuple(label.shape), "batch, height and width")
+    _args.same(op, "feature", tuple(sizes), "label", label.shape, "batch, height and width")
     if feature.shape[1] == 0:
         raise ValueError(f"{op}: feature must have at least one channel, got {_args.describe(feature)}")
     _args.choice(op, "kind", kind, ("balanced", "bce"))
@@ -83,4 +83,4 @@ def affinity_loss(
     if chosen == "reference":
         return reference.affinity_loss(feature, label, kind=kind, radius=radius, ignore_index=ignore_index)
     (feature,) = _args.widen(chosen, feature)
-    return _AffinityLoss.apply(feature, label.long(), chosen, kind, reach, ignore_index)
+    return apply(_AffinityLoss, feature, label.long(), chosen, kind, reach, ignore_index)

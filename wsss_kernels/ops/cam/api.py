@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ... import _args
-from ..._dispatch import Backend, Operator
+from ..._dispatch import Backend, Operator, apply
 from . import reference
 
 NORMALIZE_OP = Operator("normalize_cam", backends=(Backend("cpu"),))
@@ -30,6 +30,11 @@ class _NormalizeCam(torch.autograd.Function):
     def backward(ctx, grad):
         (cam,) = ctx.saved_tensors
         return _normalize_bwd[ctx.backend](grad, cam, ctx.eps), None, None
+
+
+def normalized(cam: Tensor, backend: str, eps: float = 1e-7) -> Tensor:
+    """`normalize_cam` of checked float32 or float64 maps by a kernel."""
+    return apply(_NormalizeCam, cam, backend, eps)
 
 
 def normalize_cam(cam: Tensor, *, eps: float = 1e-7, backend: str | None = None) -> Tensor:
@@ -57,4 +62,4 @@ def normalize_cam(cam: Tensor, *, eps: float = 1e-7, backend: str | None = None)
     if chosen == "reference":
         return reference.normalize_cam(cam, eps=eps)
     (wide,) = _args.widen(chosen, cam)
-    return _NormalizeCam.apply(wide, chosen, eps).to(cam.dtype)
+    return _args.rounded(normalized(wide, chosen, eps), cam.dtype)

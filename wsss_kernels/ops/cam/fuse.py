@@ -9,33 +9,40 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ... import _args
-from ..._dispatch import Backend, Operator
+from ..._dispatch import Backend, Operator, apply
 from . import reference
-from .api import normalize_cam
+from .api import normalized
 
 FUSE_OP = Operator("fuse_cams", backends=(Backend("cpu"),))
 
 _fwd = FUSE_OP.raw_op(
-    "fuse_cams_fwd(Tensor[] maps, float[] weights, int height, int width) -> Tensor",
-    lambda maps, weights, height, width: maps[0].new_empty(*maps[0].shape[:2], height, width),
+    "fuse_cams_fwd(Tensor[] maps, float[] weights, Tensor? present, int height, int width) -> Tensor",
+    lambda maps, weights, present, height, width: maps[0].new_empty(*maps[0].shape[:2], height, width),
 )
 _bwd = FUSE_OP.raw_op(
-    "fuse_cams_bwd(Tensor grad, float weight, int height, int width) -> Tensor",
-    lambda grad, weight, height, width: grad.new_empty(*grad.shape[:2], height, width),
+    "fuse_cams_bwd(Tensor grad, float weight, Tensor? present, int height, int width) -> Tensor",
+    lambda grad, weight, present, height, width: grad.new_empty(*grad.shape[:2], height, width),
 )
 
 
 class _ResizedSum(torch.autograd.Function):
+    """Σ weight · present · resized map."""
+
     @staticmethod
-    def forward(ctx, backend, weights, size, *maps):
+    def forward(ctx, backend, weights, size, present, *maps):
+        ctx.save_for_backward(present, *(maps if present is not None and present.requires_grad else ()))
         ctx.backend, ctx.weights, ctx.sizes = backend, weights, [m.shape[-2:] for m in maps]
-        return _fwd[backend](list(maps), weights, *size)
+        return _fwd[backend](list(maps), weights, present, *size)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        wanted = zip(ctx.needs_input_grad[3:], ctx.weights, ctx.sizes, strict=True)
-        return None, None, None, *[_bwd[ctx.backend](grad, weight, *size) if need else None for need, weight, size in wanted]
+        raw, (present, *maps) = _bwd[ctx.backend], ctx.saved_tensors
+        wanted = zip(ctx.needs_input_grad[4:], ctx.weights, ctx.sizes, strict=True)
+        to_maps = [raw(grad, weight, present, *size) if need else None for need, weight, size in wanted]
+        # without `present`, which may be 0
+        parts = [(raw(grad, weight, None, *m.shape[-2:]) * m).sum((-2, -1)) for weight, m in zip(ctx.weights, maps, strict=False)]
+        return None, None, None, sum(parts) if parts else None, *to_maps
 
 
 def _checked(cams: Sequence[Tensor], weights: Sequence[float], size: Sequence[int], mode: str) -> tuple[list[float], list[int]]:
@@ -44,7 +51,7 @@ def _checked(cams: Sequence[Tensor], weights: Sequence[float], size: Sequence[in
         raise TypeError(f"{op}: cams must be a non-empty list of tensors, got {_args.describe(cams)[:80]}")
     for i, cam in enumerate(cams):
         _args.tensor(op, f"cams[{i}]", cam, "B×K×h×w", spatial=2)
-        _args.same(op, "cams[0]", tuple(cams[0].shape[:2]), f"cams[{i}]", tuple(cam.shape[:2]), "batch size and number of classes")
+        _args.same(op, "cams[0]", cams[0].shape[:2], f"cams[{i}]", cam.shape[:2], "batch size and number of classes")
     if not isinstance(weights, (list, tuple)) or len(weights) != len(cams):
         raise ValueError(f"{op}: weights must be a list of one number per map, got {_args.describe(weights)[:80]} for {len(cams)} maps")
     values = [_args.number(op, f"weights[{i}]", weight) for i, weight in enumerate(weights)]
@@ -60,7 +67,7 @@ def _checked_present(present: Tensor | None, cam: Tensor) -> None:
     if present is None:
         return
     _args.tensor("fuse_cams", "present", present, "B×K", kind="any")
-    _args.same("fuse_cams", "cams[0]", tuple(cam.shape[:2]), "present", tuple(present.shape), "batch size and number of classes")
+    _args.same("fuse_cams", "cams[0]", cam.shape[:2], "present", present.shape, "batch size and number of classes")
 
 
 def fuse_cams(
@@ -106,12 +113,10 @@ def fuse_cams(
     if chosen == "reference":
         return reference.fuse_cams(maps, values, shape, present=gate, mode=mode)
     wide = _args.widen(chosen, *maps)
-
-    def gated(cam: Tensor) -> Tensor:
-        return cam if gate is None else cam * gate.to(cam.dtype)[:, :, None, None]
-
+    gate = None if gate is None else _args.rounded(gate, wide[0].dtype)
     if mode == "normalize_then_sum":
-        ready = [gated(normalize_cam(m, backend=chosen)) for m in wide]
-        return _ResizedSum.apply(chosen, values, shape, *ready).to(dtype)
-    stretched = normalize_cam(_ResizedSum.apply(chosen, values, shape, *[m.relu() for m in wide]), backend=chosen)
-    return gated(stretched).to(dtype)
+        result = apply(_ResizedSum, chosen, values, shape, gate, *[normalized(m, chosen) for m in wide])
+    else:
+        result = normalized(apply(_ResizedSum, chosen, values, shape, None, *[m.relu() for m in wide]), chosen)
+        result = result if gate is None else result * gate[:, :, None, None]
+    return _args.rounded(result, dtype)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ... import _args
-from ..._dispatch import Backend, Operator
+from ..._dispatch import Backend, Operator, apply
 from . import reference
 
 SUPCON_OP = Operator("supervised_contrastive_loss", backends=(Backend("triton"), Backend("cpu")))
@@ -128,7 +128,7 @@ def supervised_contrastive_loss(
     if chosen == "reference":
         return reference.supervised_contrastive_loss(z, label, temperature, reduction=reduction, ignore_index=ignore_index)
     (z,) = _args.widen(chosen, z)
-    return _SupCon.apply(z, label.long(), tau, chosen, reduction == "mean", ignore_index)
+    return apply(_SupCon, z, label.long(), tau, chosen, reduction == "mean", ignore_index)
 
 
 def info_nce(
@@ -163,7 +163,7 @@ def info_nce(
     """
     _checked("info_nce", "x", x, label, reduction)
     _args.tensor("info_nce", "y", y, "N×d")
-    _args.same("info_nce", "x", tuple(x.shape), "y", tuple(y.shape), "shape")
+    _args.same("info_nce", "x", x.shape, "y", y.shape, "shape")
     tau = _args.scalar("info_nce", "temperature", temperature, x, positive=True)
     aligned = _args.align("info_nce", ["x", "y"] if label is None else ["x", "y", "label"], [x, y] if label is None else [x, y, label])
     x, y = aligned[:2]
@@ -172,4 +172,4 @@ def info_nce(
         return reference.info_nce(x, y, temperature, label=label, reduction=reduction)
     x, y = _args.widen(chosen, x, y)
     groups = torch.arange(x.shape[0], device=x.device) if label is None else label.long()
-    return _InfoNCE.apply(x, y, groups, tau, chosen, reduction == "mean")
+    return apply(_InfoNCE, x, y, groups, tau, chosen, reduction == "mean")

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ... import _args
-from ..._dispatch import Backend, Operator
+from ..._dispatch import Backend, Operator, apply
 from . import reference
 
 CRISS_CROSS_OP = Operator("criss_cross_attention", backends=(Backend("cpu"),))
@@ -55,14 +55,14 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor, *, backend:
     """
     for name, t in (("query", query), ("key", key), ("value", value)):
         _args.tensor("criss_cross_attention", name, t, "B×C×H×W", spatial=2)
-    _args.same("criss_cross_attention", "query", tuple(query.shape), "key", tuple(key.shape), "shape")
+    _args.same("criss_cross_attention", "query", query.shape, "key", key.shape, "shape")
     _args.same("criss_cross_attention", "query", query.shape[0], "value", value.shape[0], "batch size")
-    _args.same("criss_cross_attention", "query", tuple(query.shape[2:]), "value", tuple(value.shape[2:]), "height and width")
+    _args.same("criss_cross_attention", "query", query.shape[2:], "value", value.shape[2:], "height and width")
     query, key, value = _args.align("criss_cross_attention", ("query", "key", "value"), (query, key, value))
     chosen = CRISS_CROSS_OP.resolve((query, key, value), backend)
     if chosen == "reference":
         return reference.criss_cross_attention(query, key, value)
-    return _CrissCross.apply(*_args.widen(chosen, query, key, value), chosen).to(query.dtype)
+    return _args.rounded(apply(_CrissCross, *_args.widen(chosen, query, key, value), chosen), query.dtype)
 
 
 class CrissCrossAttention(nn.Module):

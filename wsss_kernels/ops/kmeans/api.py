@@ -51,7 +51,7 @@ def kmeans(
         raise ValueError(f"kmeans: x must have at least one feature, got {_args.describe(x)}")
     if init is not None:
         _args.tensor("kmeans", "init", init, "B×k×d")
-        _args.same("kmeans", "init", tuple(init.shape), "the centroids", (x.shape[0], k, x.shape[2]), "shape")
+        _args.same("kmeans", "init", init.shape, "the centroids", (x.shape[0], k, x.shape[2]), "shape")
     num_iter = _args.integer("kmeans", "num_iter", num_iter, 0)
     tol = _args.number("kmeans", "tol", tol)
     if tol < 0:
@@ -66,4 +66,4 @@ def kmeans(
     dtype = x.dtype
     x, start = _args.widen(chosen, x, reference.evenly_spaced(x, k) if start is None else start)
     label, centroid = _fwd[chosen](x, start, num_iter, tol)
-    return label, centroid.to(dtype)
+    return label, _args.rounded(centroid, dtype)

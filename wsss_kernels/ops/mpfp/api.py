@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ... import _args
-from ..._dispatch import Backend, Operator
+from ..._dispatch import Backend, Operator, apply
 from . import reference
 
 MPFP_OP = Operator("mpfp", backends=(Backend("cpu"),))
@@ -88,8 +88,8 @@ def mpfp(
     chosen = MPFP_OP.resolve((feature, weight_pos, weight_neg), backend)
     if chosen == "reference":
         return reference.mpfp(feature, weight_pos, weight_neg, scales=values)
-    logit, fused = _Mpfp.apply(*_args.widen(chosen, feature, weight_pos, weight_neg), chosen, values)
-    return logit.to(feature.dtype), fused.to(feature.dtype)
+    logit, fused = apply(_Mpfp, *_args.widen(chosen, feature, weight_pos, weight_neg), chosen, values)
+    return _args.rounded(logit, feature.dtype), _args.rounded(fused, feature.dtype)
 
 
 class MPFP(nn.Module):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ... import _args
-from ..._dispatch import Backend, Operator
+from ..._dispatch import Backend, Operator, apply
 from . import reference
 
 PAR_OP = Operator("par", backends=(Backend("cuda"), Backend("cpu")))
@@ -42,9 +42,7 @@ def _checked(image: Tensor, mask: Tensor, dilations: Sequence[int], num_iter: in
     _args.choice("par", "variant", variant, ("par", "pamr"))
     _args.choice("par", "resize", resize, ("mask", "image", None))
     if resize is None:
-        _args.same(
-            "par", "image", tuple(image.shape[-2:]), "mask", tuple(mask.shape[-2:]), "height and width (or pass resize='mask' or 'image')"
-        )
+        _args.same("par", "image", image.shape[-2:], "mask", mask.shape[-2:], "height and width (or pass resize='mask' or 'image')")
     _args.integer("par", "num_iter", num_iter, 0)
     if isinstance(dilations, (int, str)) or not hasattr(dilations, "__iter__"):
         raise TypeError(f"par: dilations must be a sequence of ints, got {_args.describe(dilations)}")
@@ -111,7 +109,7 @@ def par(
         mask = reference.resized(mask, image.shape[-2:])
     elif resize == "image":
         image = reference.resized(image, mask.shape[-2:])
-    return _Par.apply(image, mask, chosen, steps, int(num_iter), variant == "pamr", *scales, w3, bool(exact)).to(dtype)
+    return _args.rounded(apply(_Par, image, mask, chosen, steps, int(num_iter), variant == "pamr", *scales, w3, bool(exact)), dtype)
 
 
 def _one_hot(positions: Sequence[tuple[int, int]], value: float = 1.0) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ... import _args
-from ..._dispatch import Backend, Operator
+from ..._dispatch import Backend, Operator, apply
 from . import reference
 
 PURIFIED_OP = Operator("purified_label_loss", backends=(Backend("cpu"),))
@@ -64,7 +64,7 @@ def purified_label_loss(logit: Tensor, label: Tensor, *, ignore_index: int = 255
     _args.tensor(op, "label", label, "B×H×W", kind="label", spatial=2)
     if logit.shape[1] == 0:
         raise ValueError(f"{op}: logit must have at least one class, got {_args.describe(logit)}")
-    _args.same(op, "logit", (logit.shape[0], *logit.shape[2:]), "label", tuple(label.shape), "batch size, height and width")
+    _args.same(op, "logit", (logit.shape[0], *logit.shape[2:]), "label", label.shape, "batch size, height and width")
     if isinstance(ignore_index, bool) or not hasattr(ignore_index, "__index__"):
         raise TypeError(f"{op}: ignore_index must be an int, got {_args.describe(ignore_index)}")
     logit, label = _args.align(op, ("logit", "label"), (logit, label))
@@ -72,4 +72,4 @@ def purified_label_loss(logit: Tensor, label: Tensor, *, ignore_index: int = 255
     if chosen == "reference":
         return reference.purified_label_loss(logit, label, ignore_index=ignore_index)
     (logit,) = _args.widen(chosen, logit)
-    return _PurifiedLabel.apply(logit, label.long(), chosen, int(ignore_index))
+    return apply(_PurifiedLabel, logit, label.long(), chosen, int(ignore_index))

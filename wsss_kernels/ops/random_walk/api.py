@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ... import _args
-from ..._dispatch import Backend, Operator
+from ..._dispatch import Backend, Operator, apply
 from ..affinity.api import REFINE_OPTIONS, check_refining, empty_gradients, refined_matrix, widen_refining
 from . import reference
 
@@ -28,102 +26,97 @@ WALK_OP = Operator("random_walk", backends=(Backend("cpu"),))
 AFFINITY_WALK_OP = Operator("affinity_random_walk", backends=(Backend("cpu"),), note=_note)
 
 
-def _fake_fwd(affinity, cam, sinkhorn_iter, power):
-    batch, classes, n = cam.shape
+WALK_OPTIONS = "bool target, int sinkhorn_iter, int power"
+
+
+def _fake_fwd(affinity, cam, mask, target, sinkhorn_iter, power):
+    batch, classes, height, width = cam.shape
     rows = 2 * sinkhorn_iter + 3 * classes * power if power and classes else 0
-    return cam.new_empty(batch, classes, n), cam.new_empty(batch, rows, n, dtype=torch.float64)
+    return cam.new_empty(cam.shape), cam.new_empty(batch, rows, height * width, dtype=torch.float64)
 
 
-def _fake_bwd(grad, affinity, tape, sinkhorn_iter, power, need_affinity):
+def _fake_bwd(grad, affinity, tape, mask, target, sinkhorn_iter, power, need_affinity):
     n = affinity.shape[-1]
     return grad.new_empty(grad.shape), affinity.new_empty(affinity.shape[0] if need_affinity else 0, n, n)
 
 
-_fwd = WALK_OP.raw_op("random_walk_fwd(Tensor affinity, Tensor cam, int sinkhorn_iter, int power) -> (Tensor, Tensor)", _fake_fwd)
+_fwd = WALK_OP.raw_op(f"random_walk_fwd(Tensor affinity, Tensor cam, Tensor? mask, {WALK_OPTIONS}) -> (Tensor, Tensor)", _fake_fwd)
 _bwd = WALK_OP.raw_op(
-    "random_walk_bwd(Tensor grad, Tensor affinity, Tensor tape, int sinkhorn_iter, int power, bool need_affinity) -> (Tensor, Tensor)",
+    f"random_walk_bwd(Tensor grad, Tensor affinity, Tensor tape, Tensor? mask, {WALK_OPTIONS}, bool need_affinity) -> (Tensor, Tensor)",
     _fake_bwd,
 )
 
 
-def _fake_streaming(cam, decoder, encoder, maps, first_layer, signed, clamp_min, sinkhorn_iter, power):
-    return *_fake_fwd(None, cam, sinkhorn_iter, power), encoder.new_empty(encoder.shape[:2], dtype=torch.bool)
+def _fake_streaming(cam, mask, decoder, encoder, maps, first_layer, signed, clamp_min, *options):
+    return *_fake_fwd(None, cam, mask, *options), encoder.new_empty(encoder.shape[:2], dtype=torch.bool)
 
 
-def _fake_streaming_bwd(
-    grad, decoder, encoder, tape, gate, maps, first, signed, clamp_min, sinkhorn_iter, power, need_decoder, need_encoder
-):
-    return grad.new_empty(grad.shape), *empty_gradients(decoder, encoder, need_decoder, need_encoder)
+def _fake_streaming_bwd(grad, mask, decoder, encoder, *options):
+    return grad.new_empty(grad.shape), *empty_gradients(decoder, encoder, *options[-2:])
 
 
 _streaming_fwd = AFFINITY_WALK_OP.raw_op(
-    f"affinity_random_walk_fwd(Tensor cam, Tensor? decoder, Tensor encoder, {REFINE_OPTIONS}, int sinkhorn_iter, int power) "
+    f"affinity_random_walk_fwd(Tensor cam, Tensor? mask, Tensor? decoder, Tensor encoder, {REFINE_OPTIONS}, {WALK_OPTIONS}) "
     "-> (Tensor, Tensor, Tensor)",
     _fake_streaming,
 )
 _streaming_bwd = AFFINITY_WALK_OP.raw_op(
-    f"affinity_random_walk_bwd(Tensor grad, Tensor? decoder, Tensor encoder, Tensor tape, Tensor gate, {REFINE_OPTIONS}, int sinkhorn_iter, "
-    "int power, bool need_decoder, bool need_encoder) -> (Tensor, Tensor, Tensor)",
+    f"affinity_random_walk_bwd(Tensor grad, Tensor? mask, Tensor? decoder, Tensor encoder, Tensor tape, Tensor gate, {REFINE_OPTIONS}, "
+    f"{WALK_OPTIONS}, bool need_decoder, bool need_encoder) -> (Tensor, Tensor, Tensor)",
     _fake_streaming_bwd,
 )
 
 
 class _Walk(torch.autograd.Function):
-    """T^power cam for affinity B×N×N and cam B×K×N."""
+    """T^power (mask ⊙ cam), or mask ⊙ T^power cam, for affinity B×N×N and cam B×K×h×w."""
 
     @staticmethod
-    def forward(ctx, affinity, cam, backend, *options):
-        result, tape = _fwd[backend](affinity, cam, *options)
-        ctx.save_for_backward(affinity, tape)
+    def forward(ctx, affinity, cam, mask, backend, *options):
+        result, tape = _fwd[backend](affinity, cam, mask, *options)
+        ctx.save_for_backward(affinity, tape, mask)
         ctx.backend, ctx.options = backend, options
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        affinity, tape = ctx.saved_tensors
         need_affinity, need_cam = ctx.needs_input_grad[:2]
-        grad_cam, grad_affinity = _bwd[ctx.backend](grad, affinity, tape, *ctx.options, need_affinity)
-        return grad_affinity if need_affinity else None, grad_cam if need_cam else None, None, None, None
+        grad_cam, grad_affinity = _bwd[ctx.backend](grad, *ctx.saved_tensors, *ctx.options, need_affinity)
+        return grad_affinity if need_affinity else None, grad_cam if need_cam else None, *[None] * (2 + len(ctx.options))
 
 
 class _StreamingWalk(torch.autograd.Function):
     """The same over a refining map that is never stored."""
 
     @staticmethod
-    def forward(ctx, cam, decoder, encoder, backend, *options):
-        result, tape, gate = _streaming_fwd[backend](cam, decoder, encoder, *options)
-        ctx.save_for_backward(decoder, encoder, tape, gate)
+    def forward(ctx, cam, mask, decoder, encoder, backend, *options):
+        result, tape, gate = _streaming_fwd[backend](cam, mask, decoder, encoder, *options)
+        ctx.save_for_backward(mask, decoder, encoder, tape, gate)
         ctx.backend, ctx.options = backend, options
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        needs = ctx.needs_input_grad[:3]
-        grads = _streaming_bwd[ctx.backend](grad, *ctx.saved_tensors, *ctx.options, *needs[1:])
-        given = [g if need else None for g, need in zip(grads, needs, strict=True)]
-        return *given, *[None] * (1 + len(ctx.options))
+        need_cam, _, need_decoder, need_encoder = ctx.needs_input_grad[:4]
+        grads = _streaming_bwd[ctx.backend](grad, *ctx.saved_tensors, *ctx.options, need_decoder, need_encoder)
+        to_cam, to_decoder, to_encoder = (
+            g if need else None for g, need in zip(grads, (need_cam, need_decoder, need_encoder), strict=True)
+        )
+        return to_cam, None, to_decoder, to_encoder, *[None] * (1 + len(ctx.options))
 
 
 def check_cam(op: str, cam: Tensor, mask: Tensor | None, shape: str) -> None:
     _args.tensor(op, "cam", cam, shape, spatial=2)
     if mask is not None:
         _args.tensor(op, "mask", mask, shape)
-        _args.same(op, "cam", tuple(cam.shape), "mask", tuple(mask.shape), "shape")
+        _args.same(op, "cam", cam.shape, "mask", mask.shape, "shape")
         _args.no_gradient(op, mask=mask)
 
 
-def check_options(op: str, sinkhorn_iter: int, power: int, mask_side: str) -> tuple[int, int]:
+def check_options(op: str, sinkhorn_iter: int, power: int, mask_side: str) -> tuple[bool, int, int]:
     _args.choice(op, "mask_side", mask_side, ("source", "target"))
-    return _args.integer(op, "sinkhorn_iter", sinkhorn_iter, 0), _args.integer(op, "power", power, 0)
-
-
-def masked_walk(walk: Callable[[Tensor], Tensor], cam: Tensor, mask: Tensor | None, mask_side: str) -> Tensor:
-    """A walk of B×K×N maps, applied to B×K×h×w with the mask on its side."""
-    start = cam * mask if mask is not None and mask_side == "source" else cam
-    end = walk(start.flatten(-2)).unflatten(-1, cam.shape[-2:])
-    return end * mask if mask is not None and mask_side == "target" else end
+    return mask_side == "target", _args.integer(op, "sinkhorn_iter", sinkhorn_iter, 0), _args.integer(op, "power", power, 0)
 
 
 def random_walk(
@@ -170,15 +163,14 @@ def random_walk(
     if batched:
         _args.same("random_walk", "affinity", affinity.shape[0], "cam", cam.shape[0], "batch size")
     options = check_options("random_walk", sinkhorn_iter, power, mask_side)
-    tensors = [t for t in (affinity, cam, mask) if t is not None]
-    affinity, cam, *rest = tensors = _args.align("random_walk", ("affinity", "cam", "mask")[: len(tensors)], tensors, autocast="fp32")
+    given = (affinity, cam) if mask is None else (affinity, cam, mask)
+    tensors = _args.align("random_walk", ("affinity", "cam", "mask")[: len(given)], given, autocast="fp32")
     chosen = WALK_OP.resolve(tensors, backend)
     if chosen == "reference":
-        return reference.random_walk(affinity, cam, *rest, sinkhorn_iter=options[0], power=options[1], mask_side=mask_side)
-    dtype = affinity.dtype
-    affinity, cam, *rest = [t if batched else t[None] for t in _args.widen(chosen, affinity, cam, *rest)]
-    result = masked_walk(lambda x: _Walk.apply(affinity, x, chosen, *options), cam, rest[0] if rest else None, mask_side)
-    return (result if batched else result[0]).to(dtype)
+        return reference.random_walk(*tensors, sinkhorn_iter=options[1], power=options[2], mask_side=mask_side)
+    wide = _args.widen(chosen, *tensors) if batched else [t[None] for t in _args.widen(chosen, *tensors)]
+    result = apply(_Walk, *wide[:2], wide[2] if mask is not None else None, chosen, *options)
+    return _args.rounded(result if batched else result[0], tensors[0].dtype)
 
 
 def affinity_random_walk(
@@ -229,11 +221,12 @@ def affinity_random_walk(
     options = check_options(op, sinkhorn_iter, power, mask_side)
     if streaming is not None and not isinstance(streaming, bool):
         raise TypeError(f"{op}: streaming must be True, False or None, got {_args.describe(streaming)}")
-    optional: dict[str, Tensor | None] = {"cam": cam, "decoder_feature": decoder_feature, "encoder": encoder, "mask": mask}
-    given = {name: t for name, t in optional.items() if t is not None}
-    given = dict(zip(given, _args.align(op, tuple(given), tuple(given.values()), autocast="fp32"), strict=True))
-    cam, decoder, encoder, mask = given["cam"], given.get("decoder_feature"), given["encoder"], given.get("mask")
-    chosen = AFFINITY_WALK_OP.resolve(list(given.values()), backend)
+    names = ("cam", "encoder", *(() if decoder_feature is None else ("decoder_feature",)), *(() if mask is None else ("mask",)))
+    given = [t for t in (cam, encoder, decoder_feature, mask) if t is not None]
+    cam, encoder, *rest = tensors = _args.align(op, names, given, autocast="fp32")
+    decoder = None if decoder_feature is None else rest[0]
+    mask = None if mask is None else rest[-1]
+    chosen = AFFINITY_WALK_OP.resolve(tensors, backend)
     if chosen == "reference":
         return reference.affinity_random_walk(
             cam,
@@ -244,18 +237,17 @@ def affinity_random_walk(
             first_layer=first_layer,
             signed=signed,
             clamp_min=clamp_min,
-            sinkhorn_iter=options[0],
-            power=options[1],
+            sinkhorn_iter=options[1],
+            power=options[2],
             mask_side=mask_side,
         )
     maps = encoder_is == "affinity"
     refine = (maps, int(first_layer), bool(signed), None if clamp_min is None else float(clamp_min))
     decoder, wide = widen_refining(decoder, encoder, maps, chosen)
-    start, *rest = _args.widen(chosen, cam, *[] if mask is None else [mask])
-
-    def walk(x: Tensor) -> Tensor:
-        if streaming or (streaming is None and encoder.shape[-1] >= STREAMING_FROM):
-            return _StreamingWalk.apply(x, decoder, wide, chosen, *refine, *options)
-        return _Walk.apply(refined_matrix(decoder, wide, chosen, *refine), x, chosen, *options)
-
-    return masked_walk(walk, start, rest[0] if rest else None, mask_side).to(cam.dtype)
+    (start,) = _args.widen(chosen, cam)
+    weight = None if mask is None else _args.widen(chosen, mask)[0]
+    if streaming or (streaming is None and encoder.shape[-1] >= STREAMING_FROM):
+        result = apply(_StreamingWalk, start, weight, decoder, wide, chosen, *refine, *options)
+    else:
+        result = apply(_Walk, refined_matrix(decoder, wide, chosen, *refine), start, weight, chosen, *options)
+    return _args.rounded(result, cam.dtype)

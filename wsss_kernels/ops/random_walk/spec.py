@@ -173,7 +173,9 @@ def _affinity_walk_bytes(cam, decoder_feature, encoder, mask=None, *, encoder_is
     streams = n >= api.STREAMING_FROM if streaming is None else streaming
     strips = 4.0 * torch.get_num_threads() * (64 * (n + TILE) + 2 * TILE * TILE)
     return (
-        refining_bytes(decoder_feature, encoder, encoder_is=encoder_is) + walk_bytes(cam, **options) + (strips if streams else 4.0 * n * n)
+        refining_bytes(decoder_feature, encoder, encoder_is=encoder_is, keep=not streams)
+        + walk_bytes(cam, **options)
+        + (strips if streams else 4.0 * n * n)
     )
 
 

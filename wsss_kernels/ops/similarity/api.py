@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ... import _args
-from ..._dispatch import Backend, Operator
+from ..._dispatch import Backend, Operator, apply
 from . import reference
 
 SIMILARITY_OP = Operator("text_similarity", backends=(Backend("cpu"),))
@@ -86,7 +86,7 @@ def _run(op: Operator, function, plain, visual, text, scale, normalize: bool, ba
         return plain(*tensors[:2], tensors[2] if learned else scale, normalize_visual=bool(normalize))
     wide = _args.widen(chosen, *tensors)
     factor = wide[2] if learned else wide[0].new_full((), scale)
-    return function.apply(*wide[:2], factor, chosen, bool(normalize)).to(tensors[0].dtype)
+    return _args.rounded(apply(function, *wide[:2], factor, chosen, bool(normalize)), tensors[0].dtype)
 
 
 def text_similarity(

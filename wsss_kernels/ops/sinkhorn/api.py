@@ -9,30 +9,33 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ... import _args
-from ..._dispatch import Backend, Operator
+from ..._dispatch import Backend, Operator, apply
 from . import reference
 
 SINKHORN_OP = Operator("sinkhorn", backends=(Backend("cpu"),))
 SCALING_OP = Operator("sinkhorn_scaling", backends=(Backend("cpu"),))
 
 
-def _fake_fwd(matrix, num_iter, write):
-    batch, n = matrix.shape[:2]
-    return matrix.new_empty(batch if write else 0, n, n), matrix.new_empty(batch, 2 * num_iter, n, dtype=torch.float64)
+def _fake_fwd(matrix, num_iter):
+    batch, n = math.prod(matrix.shape[:-2]), matrix.shape[-1]
+    return matrix.new_empty(matrix.shape), matrix.new_empty(batch, 2 * num_iter, n, dtype=torch.float64)
 
 
-_fwd = SINKHORN_OP.raw_op("sinkhorn_fwd(Tensor matrix, int num_iter, bool write) -> (Tensor, Tensor)", _fake_fwd)
+_fwd = SINKHORN_OP.raw_op("sinkhorn_fwd(Tensor matrix, int num_iter) -> (Tensor, Tensor)", _fake_fwd)
 _bwd = SINKHORN_OP.raw_op(
     "sinkhorn_bwd(Tensor grad, Tensor matrix, Tensor scales) -> Tensor",
     lambda grad, matrix, scales: torch.empty_like(matrix, memory_format=torch.contiguous_format),
 )
-SCALING_OP.raw.append(_fwd)
+_scaling = SCALING_OP.raw_op(
+    "sinkhorn_scaling_fwd(Tensor matrix, int num_iter) -> (Tensor, Tensor)",
+    lambda matrix, num_iter: (matrix.new_empty(matrix.shape[:-1]), matrix.new_empty(matrix.shape[:-1])),
+)
 
 
 class _Sinkhorn(torch.autograd.Function):
     @staticmethod
     def forward(ctx, matrix, num_iter, backend):
-        result, scales = _fwd[backend](matrix, num_iter, True)
+        result, scales = _fwd[backend](matrix, num_iter)
         ctx.save_for_backward(matrix, scales)
         ctx.backend = backend
         return result
@@ -74,8 +77,7 @@ def sinkhorn(matrix: Tensor, num_iter: int = 3, *, backend: str | None = None) -
     if chosen == "reference":
         return reference.sinkhorn(matrix, num_iter)
     (wide,) = _args.widen(chosen, matrix)
-    flat = wide.reshape(math.prod(wide.shape[:-2]), *wide.shape[-2:])
-    return _Sinkhorn.apply(flat, num_iter, chosen).reshape(matrix.shape).to(matrix.dtype)
+    return _args.rounded(apply(_Sinkhorn, wide, num_iter, chosen), matrix.dtype)
 
 
 def sinkhorn_scaling(matrix: Tensor, num_iter: int = 3, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
@@ -106,6 +108,4 @@ def sinkhorn_scaling(matrix: Tensor, num_iter: int = 3, *, backend: str | None =
     if num_iter == 0:
         ones = wide.new_ones(wide.shape[:-1])
         return ones, ones.clone()
-    _, scales = _fwd[chosen](wide.reshape(math.prod(wide.shape[:-2]), *wide.shape[-2:]), num_iter, False)
-    row, col = scales[:, -1].to(wide.dtype, copy=True), scales[:, -2].to(wide.dtype, copy=True)
-    return row.reshape(matrix.shape[:-1]), col.reshape(matrix.shape[:-1])
+    return _scaling[chosen](wide, num_iter)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ... import _args
-from ..._dispatch import Backend, Operator
+from ..._dispatch import Backend, Operator, apply
 from . import reference
 
 WASSERSTEIN_OP = Operator("wasserstein2", backends=(Backend("cpu"),))
@@ -92,7 +92,7 @@ def _checked_gaussians(op: str, mu_x: Tensor, sigma_x: Tensor, mu_y: Tensor, sig
     for side, mu, sigma, rows in (("x", mu_x, sigma_x, "N"), ("y", mu_y, sigma_y, "M")):
         _args.tensor(op, f"mu_{side}", mu, f"{rows}×d")
         _args.tensor(op, f"sigma_{side}", sigma, f"{rows}×d")
-        _args.same(op, f"mu_{side}", tuple(mu.shape), f"sigma_{side}", tuple(sigma.shape), "shape")
+        _args.same(op, f"mu_{side}", mu.shape, f"sigma_{side}", sigma.shape, "shape")
     _args.same(op, "mu_x", mu_x.shape[1], "mu_y", mu_y.shape[1], "number of features")
     if mu_x.shape[1] == 0:
         raise ValueError(f"{op}: mu_x must have at least one feature, got {_args.describe(mu_x)}")
@@ -133,7 +133,7 @@ def wasserstein2(mu_x: Tensor, sigma_x: Tensor, mu_y: Tensor, sigma_y: Tensor, *
     chosen = WASSERSTEIN_OP.resolve(tensors, backend)
     if chosen == "reference":
         return reference.wasserstein2(*tensors)
-    return _Distance.apply(chosen, *_args.widen(chosen, *tensors))
+    return apply(_Distance, chosen, *_args.widen(chosen, *tensors))
 
 
 def uncertainty_similarity(
@@ -171,13 +171,13 @@ def uncertainty_similarity(
     """
     op, given = "uncertainty_similarity", (sem_x, mu_x, sigma_x, sem_y, mu_y, sigma_y)
     _checked(op, *given)
-    constants = [_args.scalar(op, name, value, sem_x) for name, value in (("a", a), ("b", b), ("lam", lam))]
+    constants = _args.scalars(op, {"a": a, "b": b, "lam": lam}, sem_x)
     tensors = _args.align(op, _NAMES, given)
     chosen = SIMILARITY_OP.resolve(tensors, backend)
     if chosen == "reference":
         return reference.uncertainty_similarity(*tensors, a=a, b=b, lam=lam)
     dtype = tensors[0].dtype
-    return _Similarity.apply(chosen, *_args.widen(chosen, *tensors), torch.stack(constants)).to(dtype)
+    return _args.rounded(apply(_Similarity, chosen, *_args.widen(chosen, *tensors), constants), dtype)
 
 
 def uncertainty_info_nce(
@@ -218,14 +218,13 @@ def uncertainty_info_nce(
     op, given = "uncertainty_info_nce", (sem_x, mu_x, sigma_x, sem_y, mu_y, sigma_y)
     _checked(op, *given)
     _args.same(op, "sem_x", sem_x.shape[0], "sem_y", sem_y.shape[0], "length")
-    constants = [_args.scalar(op, name, value, sem_x) for name, value in (("a", a), ("b", b), ("lam", lam))]
-    constants.append(_args.scalar(op, "temperature", temperature, sem_x, positive=True))
+    constants = _args.scalars(op, {"a": a, "b": b, "lam": lam, "temperature": temperature}, sem_x, positive=("temperature",))
     tensors = _args.align(op, _NAMES, given)
     chosen = LOSS_OP.resolve(tensors, backend)
     if chosen == "reference":
         sem_x, mu_x, sigma_x, sem_y, mu_y, sigma_y = tensors
         return reference.uncertainty_info_nce(sem_x, mu_x, sigma_x, sem_y, mu_y, sigma_y, temperature, a=a, b=b, lam=lam)
-    tensors = [*_args.widen(chosen, *tensors), torch.stack(constants)]
+    tensors = [*_args.widen(chosen, *tensors), constants]
     # Both products of all pairs spare the backward pass a third of its work; they are kept where the inputs are larger.
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in tensors) and sem_x.shape[0] <= sem_x.shape[1] + 2 * mu_x.shape[1]
-    return _Loss.apply(chosen, keep, *tensors)
+    return apply(_Loss, chosen, keep, *tensors)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ... import _args
-from ..._dispatch import Backend, Operator
+from ..._dispatch import Backend, Operator, apply
 from . import reference
 
 Pair = tuple[int, int]
@@ -116,9 +116,9 @@ def _check_maps(op: str, names: Sequence[str], maps: Sequence[Tensor], windowed:
         _args.tensor(op, name, t, "B×H×W×C")
         if 0 in t.shape[1:3]:
             raise ValueError(f"{op}: {name} must be a map with at least one pixel, got {_args.describe(t)}: a spatial extent must not be 0")
-    _args.same(op, key, tuple(maps[1].shape), value, tuple(maps[2].shape), "shape")
+    _args.same(op, key, maps[1].shape, value, maps[2].shape, "shape")
     if windowed:
-        _args.same(op, query, tuple(maps[0].shape), key, tuple(maps[1].shape), "shape in windows")
+        _args.same(op, query, maps[0].shape, key, maps[1].shape, "shape in windows")
     _args.same(op, query, (maps[0].shape[0], maps[0].shape[3]), key, (maps[1].shape[0], maps[1].shape[3]), "batch size and channels")
 
 
@@ -176,7 +176,7 @@ def window_attention(
     if window is None:
         return reference.scaled_dot_product(*wide[:3], num_heads=num_heads, scale=scale).to(query.dtype)
     table = wide[3] if bias is not None else None
-    return _Window.apply(*wide[:3], table, chosen, int(num_heads), list(window), list(moved), scale).to(query.dtype)
+    return _args.rounded(apply(_Window, *wide[:3], table, chosen, int(num_heads), list(window), list(moved), scale), query.dtype)
 
 
 def exchange_attention(
@@ -216,7 +216,7 @@ def exchange_attention(
     windowed = window_size is not None
     _check_maps(op, (names[3], *names[1:3]), (maps[3], *maps[1:3]), windowed)
     _check_maps(op, (names[0], *names[4:]), (maps[0], *maps[4:]), windowed)
-    _args.same(op, names[0], tuple(maps[0].shape), names[3], tuple(maps[3].shape), "shape")
+    _args.same(op, names[0], maps[0].shape, names[3], maps[3].shape, "shape")
     window, moved, scale = _checked_options(op, maps[0].shape[3], num_heads, window_size, shift, bias, scale)
     if bias is not None:
         names, maps = [*names, "bias"], [*maps, bias]
@@ -231,5 +231,5 @@ def exchange_attention(
         results = tuple(reference.scaled_dot_product(*pair, num_heads=num_heads, scale=scale) for pair in pairs)
     else:
         table = wide[6] if bias is not None else None
-        results = _Exchange.apply(*wide[:6], table, chosen, int(num_heads), list(window), list(moved), scale)
-    return results[0].to(dtype), results[1].to(dtype)
+        results = apply(_Exchange, *wide[:6], table, chosen, int(num_heads), list(window), list(moved), scale)
+    return _args.rounded(results[0], dtype), _args.rounded(results[1], dtype)
