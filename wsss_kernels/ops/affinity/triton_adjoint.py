@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..._triton import accumulator, config, dot, launch, power_of_2, precision
 from ..sinkhorn.triton_impl import kind_of, stored, stored_tile
+from .api import empty_gradients
 from .triton_impl import candidate_tile, candidates, decoded, decoder_tile, inverse_norms, options
 
 
@@ -225,8 +226,6 @@ def deviation(grad: Tensor, decoder: Tensor, encoder: Tensor, signed: bool) -> t
 
 def refining(path, gradient, tile, grad_deviation, decoder, encoder, gate, maps, first, signed, clamp_min, need_decoder, need_encoder):
     """Of the refining map, whose gradient `tile` reads from `gradient`; grad_deviation may be None. As `refining_map_bwd` returns them."""
-    from .api import empty_gradients
-
     to_decoder, to_encoder = empty_gradients(decoder, encoder, need_decoder, need_encoder)
     source = candidates(encoder, maps, None if maps else inverse_norms(encoder, first))
     option, gate = options(encoder, maps, False, clamp_min), gate.contiguous()

@@ -262,7 +262,9 @@ def deviation_sums(path: str, decoder: tuple, encoder: Tensor, source: tuple, fi
     return partial.sum(-1)
 
 
-def select(path: str, decoder: tuple | None, encoder: Tensor, source: tuple, first: int, signed: bool, option: tuple) -> tuple[Tensor, Tensor]:
+def select(
+    path: str, decoder: tuple | None, encoder: Tensor, source: tuple, first: int, signed: bool, option: tuple
+) -> tuple[Tensor, Tensor]:
     """(gate, deviation) of all layers."""
     batch, layers = encoder.shape[:2]
     deviation = encoder.new_full((batch, layers), float("nan"), dtype=accumulator(encoder.dtype))

@@ -24,8 +24,9 @@ def _note(**call) -> str:
     return f"{'streaming: tiles of the refining map are recomputed in every pass' if streams else 'stored: the refining map is computed once'} ({reason})"
 
 
-WALK_OP = Operator("random_walk", backends=(Backend("cpu"),))
-AFFINITY_WALK_OP = Operator("affinity_random_walk", backends=(Backend("cpu"),), note=_note)
+_TRITON = f"{__package__}.triton_impl"
+WALK_OP = Operator("random_walk", backends=(Backend("triton"), Backend("cpu")))
+AFFINITY_WALK_OP = Operator("affinity_random_walk", backends=(Backend("triton"), Backend("cpu")), note=_note)
 
 
 def _fake_fwd(affinity, cam, sinkhorn_iter, power):
@@ -39,10 +40,13 @@ def _fake_bwd(grad, affinity, tape, sinkhorn_iter, power, need_affinity):
     return grad.new_empty(grad.shape), affinity.new_empty(affinity.shape[0] if need_affinity else 0, n, n)
 
 
-_fwd = WALK_OP.raw_op("random_walk_fwd(Tensor affinity, Tensor cam, int sinkhorn_iter, int power) -> (Tensor, Tensor)", _fake_fwd)
+_fwd = WALK_OP.raw_op(
+    "random_walk_fwd(Tensor affinity, Tensor cam, int sinkhorn_iter, int power) -> (Tensor, Tensor)", _fake_fwd, triton=_TRITON
+)
 _bwd = WALK_OP.raw_op(
     "random_walk_bwd(Tensor grad, Tensor affinity, Tensor tape, int sinkhorn_iter, int power, bool need_affinity) -> (Tensor, Tensor)",
     _fake_bwd,
+    triton=_TRITON,
 )
 
 
@@ -60,11 +64,13 @@ _streaming_fwd = AFFINITY_WALK_OP.raw_op(
     f"affinity_random_walk_fwd(Tensor cam, Tensor? decoder, Tensor encoder, {REFINE_OPTIONS}, int sinkhorn_iter, int power) "
     "-> (Tensor, Tensor, Tensor)",
     _fake_streaming,
+    triton=_TRITON,
 )
 _streaming_bwd = AFFINITY_WALK_OP.raw_op(
     f"affinity_random_walk_bwd(Tensor grad, Tensor? decoder, Tensor encoder, Tensor tape, Tensor gate, {REFINE_OPTIONS}, int sinkhorn_iter, "
     "int power, bool need_decoder, bool need_encoder) -> (Tensor, Tensor, Tensor)",
     _fake_streaming_bwd,
+    triton=_TRITON,
 )
 
 
@@ -149,7 +155,7 @@ def random_walk(
         sinkhorn_iter: rounds of Sinkhorn normalisation, ≥ 0.
         power: steps of the walk, ≥ 0; 0 returns `mask ⊙ cam`.
         mask_side: `"source"` masks before the walk (M4: the mask is 1×hw and cuts columns), `"target"` after it.
-        backend: `"cpu"`, `"reference"`, or `None` to choose.
+        backend: `"triton"`, `"cpu"`, `"reference"`, or `None` to choose.
 
     Returns:
         A tensor of the shape of `cam`, in the dtype of `affinity`; float32 under autocast.
@@ -208,7 +214,7 @@ def affinity_random_walk(
         sinkhorn_iter, power, mask_side: as in `random_walk`.
         streaming: `True` recomputes tiles of the map in every pass and stores nothing N×N beyond the inputs; `False`
             stores the map once; `None` streams from N = 8192 on. The results are the same.
-        backend: `"cpu"`, `"reference"`, or `None` to choose.
+        backend: `"triton"`, `"cpu"`, `"reference"`, or `None` to choose.
 
     Returns:
         `Tensor[B, K, h, w]` in the dtype of `cam`; float32 under autocast.
@@ -256,6 +262,9 @@ def affinity_random_walk(
     def walk(x: Tensor) -> Tensor:
         if streaming or (streaming is None and encoder.shape[-1] >= STREAMING_FROM):
             return _StreamingWalk.apply(x, decoder, wide, chosen, *refine, *options)
-        return _Walk.apply(refined_matrix(decoder, wide, chosen, *refine), x, chosen, *options)
+        matrix = refined_matrix(decoder, wide, chosen, *refine)
+        if chosen == "triton" and wide.dtype in _args.HALVES:
+            matrix = matrix.bfloat16()  # what every pass reads; rounding averages out in the sums
+        return _Walk.apply(matrix, x, chosen, *options)
 
     return masked_walk(walk, start, rest[0] if rest else None, mask_side).to(cam.dtype)

@@ -194,7 +194,10 @@ SPECS = (
         autocast="fp32",
         invariants=(mass_is_kept, linear_in_the_cam, steps_compose, order_of_tokens_does_not_matter, an_identity_leaves_the_cam),
         malformed=walk_malformed,
-        paths={"cpu": ("random_walk.forward", "random_walk.forward.small", "random_walk.backward")},
+        paths={
+            "cpu": ("random_walk.forward", "random_walk.forward.small", "random_walk.backward"),
+            "triton": ("random_walk.triton", "random_walk.triton.backward"),
+        },
         cases=(
             _case(784, 5, (28, 28), 8.0),
             _case(2048, 5, (32, 64), 15.0),
@@ -224,7 +227,13 @@ SPECS = (
                 "affinity_random_walk.streaming.backward",
                 "refining_map.forward",
                 "random_walk.forward",
-            )
+            ),
+            "triton": (
+                "affinity_random_walk.triton.streaming",
+                "affinity_random_walk.triton.streaming.backward",
+                "refining_map.triton",
+                "random_walk.triton",
+            ),
         },
         cases=(_affinity_case(784, (28, 28), False), _affinity_case(784, (28, 28), True)),
         baselines=("eager_with_map",),
