@@ -10,16 +10,19 @@ from ... import _args
 from ..._dispatch import Backend, Operator
 from . import reference
 
-AFFINITY_LOSS_OP = Operator("affinity_loss", backends=(Backend("cpu"),))
+AFFINITY_LOSS_OP = Operator("affinity_loss", backends=(Backend("triton"), Backend("cpu")))
 
+_TRITON = f"{__package__}.triton_impl"
 _OPTIONS = "str kind, int radius, int ignore_index"
 _fwd = AFFINITY_LOSS_OP.raw_op(
     f"affinity_loss_fwd(Tensor feature, Tensor label, {_OPTIONS}) -> (Tensor, Tensor)",
-    lambda feature, *_: (feature.new_empty(()), feature.new_empty((2,), dtype=torch.float64)),
+    lambda feature, *_: (feature.new_empty((), dtype=_args.accumulator(feature.dtype)), feature.new_empty((2,), dtype=torch.float64)),
+    triton=_TRITON,
 )
 _bwd = AFFINITY_LOSS_OP.raw_op(
     f"affinity_loss_bwd(Tensor feature, Tensor label, Tensor counts, Tensor grad, {_OPTIONS}) -> Tensor",
     lambda feature, *_: feature.new_empty(feature.shape),
+    triton=_TRITON,
 )
 
 
@@ -57,7 +60,7 @@ def affinity_loss(
         kind: `"balanced"`: `½ Σ_pos(1 − A)/(n_pos + 1) + ½ Σ_neg A/(n_neg + 1)`; `"bce"`: mean binary cross-entropy.
         radius: largest distance of a pair in cells, or `None`.
         ignore_index: cells of this label take no part.
-        backend: `"cpu"`, `"reference"`, or `None` to choose.
+        backend: `"triton"`, `"cpu"`, `"reference"`, or `None` to choose.
 
     Returns:
         0-d tensor in the dtype of `feature`, float32 for half-precision input. 0 if there is no pair.
