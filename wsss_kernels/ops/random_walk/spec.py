@@ -134,8 +134,8 @@ def an_identity_leaves_the_cam(run) -> None:
 
 
 def same_bits_stored_and_streaming(run) -> None:
-    cam, decoder = rand(1, 3, 1, 300, seed=1), scaled(1, 9, 300)
-    for encoder, kind in ((spread_features(3, 21, 300, 1), "feature"), (spread_maps(3, 300, 1), "affinity")):
+    cam, decoder = rand(1, 3, 1, 151, seed=1), scaled(1, 9, 151)
+    for encoder, kind in ((spread_features(3, 21, 151, 1), "feature"), (spread_maps(3, 151, 1), "affinity")):
         stored, streamed = (run(cam, decoder, encoder, encoder_is=kind, streaming=s) for s in (False, True))
         assert torch.equal(stored, streamed)
         matrix = affinity_reference.refining_map(decoder, encoder, encoder_is=kind).matrix

@@ -181,10 +181,9 @@ def random_walk_bwd(
 
 
 def _refined(decoder: Tensor | None, encoder: Tensor, maps: bool, first: int, gate: Tensor, clamp_min: float | None, inverse) -> Matrix:
-    """The refining map by recomputed tiles: 64×64, as where it is stored; float64 halves the sides."""
+    """The refining map by recomputed tiles."""
     source = (None if decoder is None else decoded(decoder), candidates(encoder, maps, inverse), gate, first, encoder.shape[1])
-    side = 32 if encoder.dtype == torch.float64 else 64
-    return Matrix(encoder, source, refined_tile, options(encoder, maps, False, clamp_min), rows=side)
+    return Matrix(encoder, source, refined_tile, options(encoder, maps, False, clamp_min))
 
 
 def affinity_random_walk_fwd(

@@ -17,8 +17,11 @@ from ..._triton import accumulator, config, dot, launch, power_of_2, precision
 
 _EMPTY = tl.constexpr(torch.finfo(torch.float32).tiny)
 """A sum below the smallest normal float32 has nothing to normalise, in float64 too."""
-PASS_COLUMNS = 64
-"""Columns per tile product of a pass. Stored and recomputed matrices have the same, hence the same order of summation."""
+
+
+def tile_side(dtype: torch.dtype) -> int:
+    """Columns per tile product of a pass. Stored and recomputed matrices have the same, hence the same order of summation."""
+    return 32 if dtype == torch.float64 else 64
 
 
 @triton.jit
@@ -146,16 +149,16 @@ def of(vectors: Tensor, index: int) -> tuple[Tensor, int]:
 class Matrix:
     """What passes go over: B matrices of N×N, by a tile function and what it reads."""
 
-    def __init__(self, like: Tensor, source: tuple, tile=stored_tile, options=None, rows: int | None = None):
+    def __init__(self, like: Tensor, source: tuple, tile=stored_tile, options=None):
         self.batch, self.n = like.shape[0], like.shape[-1]
-        self.source, self.tile, self.options, self.rows = source, tile, options, rows
+        self.source, self.tile, self.options, self.side = source, tile, options, tile_side(like.dtype)
         self.kind, self.precision = kind_of(like.dtype), precision(accumulator(like.dtype))
 
     def blocks(self) -> dict[str, int]:
-        """16 rows a program, so that even 784 tokens occupy 49 multiprocessors; recomputed tiles have the rows they ask for."""
-        if self.rows is not None:
-            return {"BM": self.rows, "BN": PASS_COLUMNS if self.rows >= PASS_COLUMNS else self.rows, "num_warps": 4}
-        default = {"BM": 16, "BN": PASS_COLUMNS, "num_warps": 4, "num_stages": 3}
+        """16 rows a program, so that even 784 tokens occupy 49 multiprocessors; tiles that are recomputed are square."""
+        if self.tile is not stored_tile:
+            return {"BM": self.side, "BN": self.side, "num_warps": 4}
+        default = {"BM": 16, "BN": self.side, "num_warps": 4, "num_stages": 3}
         other = [{**default, "BM": bm, "num_warps": w} for bm, w in ((16, 2), (32, 4), (64, 4), (64, 8))]
         return config(f"matrix_pass/n{power_of_2(self.n)}", default, other)
 
