@@ -186,11 +186,12 @@ def _refined_kernel(out_ptr, decoder, encoder, gate, first, layers, n, blocks, k
 
 
 @triton.jit
-def _inverse_norm_kernel(x_ptr, out_ptr, per_image, per_layer, per_channel, per_token, first, layers, channels, n, LEAST: tl.constexpr,
-                         BM: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+def _inverse_norm_kernel(x_ptr, out_ptr, per_image, per_layer, per_channel, per_token, first, layers, channels, n, blocks,
+                         LEAST: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """1/‖column‖, 0 for columns whose squares (added in float64) are at most LEAST, of the layers from `first` on."""
-    image, layer = (tl.program_id(1) // (layers - first)).to(tl.int64), first + tl.program_id(1) % (layers - first)
-    token, k = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, BK)
+    which = tl.program_id(0) // blocks
+    image, layer = (which // (layers - first)).to(tl.int64), first + which % (layers - first)
+    token, k = (tl.program_id(0) % blocks) * BM + tl.arange(0, BM), tl.arange(0, BK)
     start = x_ptr + image * per_image + layer.to(tl.int64) * per_layer + token.to(tl.int64)[None, :] * per_token
     square = tl.zeros((BM,), tl.float64)
     for begin in range(0, channels, BK):
@@ -207,11 +208,9 @@ def inverse_norms(features: Tensor, first: int = 0) -> Tensor:
     """Of B×L×C×N features, B×L×N. Below 10⁻¹⁸ the inner products of float32 vanish, as the vectors then count as zero."""
     batch, layers, channels, n = features.shape
     out = features.new_empty(batch, layers, n, dtype=accumulator(features.dtype))
-    for start in range(0, batch, 4096):  # the grid's second extent is limited
-        part = features[start : start + 4096]
-        grid = (triton.cdiv(n, 64), part.shape[0] * (layers - first))
-        launch("affinity.inverse_norms", _inverse_norm_kernel, grid, part, out[start:], *part.stride(), first, layers, channels, n,
-               LEAST=0.0 if features.dtype == torch.float64 else 1e-36, BM=64, BK=32, num_warps=4)  # fmt: skip
+    blocks = triton.cdiv(n, 64)
+    launch("affinity.inverse_norms", _inverse_norm_kernel, (batch * (layers - first) * blocks,), features, out, *features.stride(), first,
+           layers, channels, n, blocks, LEAST=0.0 if features.dtype == torch.float64 else 1e-36, BM=64, BK=32, num_warps=4)  # fmt: skip
     return out
 
 

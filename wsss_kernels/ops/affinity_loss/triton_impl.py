@@ -32,7 +32,7 @@ def _pairs(label_ptr, image, row, column, n, width, radius, ignore):
 def _near(first, second, BM: tl.constexpr, BN: tl.constexpr, width, radius):
     """Whether rows [first, first + BM) and columns [second, second + BN) may hold a pair within the radius."""
     apart = tl.maximum(second // width - (first + BM - 1) // width, first // width - (second + BN - 1) // width)
-    return (radius < 0) | (apart <= radius)
+    return (apart <= radius) | (radius < 0)
 
 
 @triton.jit

@@ -60,10 +60,10 @@ def _step_kernel(next_ptr, next_per_image, source, row_scaling, col_scaling, y, 
 
 @triton.jit
 def _scaling_adjoint_kernel(sums_ptr, grad_row_ptr, grad_col_ptr, u, v, row_scaling, col_scaling, y, g, by_col, by_row, g_by_col, g_by_row,
-                            first, classes, n, START: tl.constexpr, LAST: tl.constexpr, BM: tl.constexpr):  # fmt: skip
+                            first, classes, n, blocks, START: tl.constexpr, LAST: tl.constexpr, BM: tl.constexpr):  # fmt: skip
     """What a step adds to the gradients of the scalings and, in low rank, of A; after the last, sums = −grad_row · row²."""
-    image = tl.program_id(1).to(tl.int64)
-    at = tl.program_id(0) * BM + tl.arange(0, BM)
+    image = (tl.program_id(0) // blocks).to(tl.int64)
+    at = (tl.program_id(0) % blocks) * BM + tl.arange(0, BM)
     inside = at < n
     row, col = vector(row_scaling, image, at, n), vector(col_scaling, image, at, n)
     grad_row, grad_col = tl.zeros((BM,), tl.float64), tl.zeros((BM,), tl.float64)
@@ -147,9 +147,9 @@ class _Walk:
     def _scalings(self, s: int, low: LowRank, to_scalings: Tensor, g, by_col, by_row) -> None:
         n, last = self.matrix.n, s == 0 and self.rounds > 0
         sums = low.first()[0] if last else None
-        grid = (triton.cdiv(n, 128), self.matrix.batch)
-        launch(self.path, _scaling_adjoint_kernel, grid, sums, *to_scalings, of(low.u, 0), of(low.v, 0), self.row(), self.col(),
-               self.part(s, 0), g, self.part(s, 1), self.part(s, 2), by_col, by_row, 2 * self.classes * s, self.classes, n,
+        blocks = triton.cdiv(n, 128)
+        launch(self.path, _scaling_adjoint_kernel, (self.matrix.batch * blocks,), sums, *to_scalings, of(low.u, 0), of(low.v, 0), self.row(), self.col(),
+               self.part(s, 0), g, self.part(s, 1), self.part(s, 2), by_col, by_row, 2 * self.classes * s, self.classes, n, blocks,
                START=s == self.power - 1, LAST=last, BM=128, num_warps=4)  # fmt: skip
 
 

@@ -81,20 +81,22 @@ def _single(w, kind: tl.constexpr):
 def _pass_kernel(out_ptr, out_per_image, source, weight, grad, grad_weight, scaling, add, normalised, n, blocks,
                  TILE: tl.constexpr, TURNED: tl.constexpr, INVERT: tl.constexpr, kind: tl.constexpr, OPTIONS: tl.constexpr,
                  PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    """d = M w + (M ∘ grad) grad_weight + add, then 1/d or −d·scaling²; with `normalised` its rows: diag(1/d) M diag(w)."""
+    """d = M w (+ (M ∘ grad) grad_weight) + add, then 1/d or −d·scaling²; with `normalised` its rows: diag(1/d) M diag(w)."""
     image = (tl.program_id(0) // blocks).to(tl.int64)
     row = (tl.program_id(0) % blocks) * BM + tl.arange(0, BM)
     total = tl.zeros((BM, 16), tl.float64)
     for start in range(0, n, BN):
         column = start + tl.arange(0, BN)
         m = TILE(source, image, row, column, n, TURNED, kind, OPTIONS)
-        acc = tl.zeros((BM, 16), kind)
-        if weight is not None:
-            acc = dot(m, _single(vector(weight, image, column, n), kind), acc, PRECISION)
-        if grad is not None:
-            g = stored_tile(grad, image, row, column, n, TURNED, kind, OPTIONS)
-            acc = dot(m * g, _single(vector(grad_weight, image, column, n), kind), acc, PRECISION)
-        total += acc.to(tl.float64)
+        if grad is None:
+            w = _single(vector(weight, image, column, n), kind)
+        else:
+            g = stored_tile(grad, image, row, column, n, TURNED, kind, OPTIONS) * vector(grad_weight, image, column, n).to(kind)[None, :]
+            if weight is not None:
+                g += vector(weight, image, column, n).to(kind)[None, :]
+            m *= g
+            w = _single(vector(None, image, column, n), kind)
+        total += dot(m, w, tl.zeros((BM, 16), kind), PRECISION).to(tl.float64)
     d = tl.sum(total, axis=1)
     before = vector(scaling, image, row, n)
     if INVERT:
