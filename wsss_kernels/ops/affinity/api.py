@@ -11,11 +11,12 @@ from ..._dispatch import Backend, Operator, apply
 from . import reference
 from .reference import RefiningMap
 
-COSINE_OP = Operator("cosine_affinity", backends=(Backend("cpu"),))
-SIGMOID_OP = Operator("sigmoid_affinity", backends=(Backend("cpu"),))
-DEVIATION_OP = Operator("affinity_deviation", backends=(Backend("cpu"),))
-REFINING_OP = Operator("refining_map", backends=(Backend("cpu"),))
+COSINE_OP = Operator("cosine_affinity", backends=(Backend("triton"), Backend("cpu")))
+SIGMOID_OP = Operator("sigmoid_affinity", backends=(Backend("triton"), Backend("cpu")))
+DEVIATION_OP = Operator("affinity_deviation", backends=(Backend("triton"), Backend("cpu")))
+REFINING_OP = Operator("refining_map", backends=(Backend("triton"), Backend("cpu")))
 
+_TRITON = f"{__package__}.triton_impl"
 REFINE_OPTIONS = "bool maps, int first_layer, bool signed, float? clamp_min"
 
 
@@ -45,27 +46,33 @@ def _fake_refining_map_bwd(grad_matrix, grad_deviation, decoder, encoder, gate, 
     return empty_gradients(decoder, encoder, need_decoder, need_encoder)
 
 
-_fwd = COSINE_OP.raw_op("affinity_fwd(Tensor feature, bool cosine, float scale, float? clamp_min) -> Tensor", _square)
+_fwd = COSINE_OP.raw_op("affinity_fwd(Tensor feature, bool cosine, float scale, float? clamp_min) -> Tensor", _square, triton=_TRITON)
 _bwd = COSINE_OP.raw_op(
     "affinity_bwd(Tensor grad, Tensor affinity, Tensor feature, bool cosine, float scale, float? clamp_min) -> Tensor",
     lambda grad, affinity, feature, *options: feature.new_empty(feature.shape),
+    triton=_TRITON,
 )
 SIGMOID_OP.raw += [_fwd, _bwd]
 _deviation_fwd = DEVIATION_OP.raw_op(
     "affinity_deviation_fwd(Tensor decoder, Tensor encoder, bool signed) -> Tensor",
-    lambda decoder, encoder, signed: encoder.new_empty(encoder.shape[:2]),
+    lambda decoder, encoder, signed: encoder.new_empty(encoder.shape[:2], dtype=_args.accumulator(encoder.dtype)),
+    triton=_TRITON,
 )
 _deviation_bwd = DEVIATION_OP.raw_op(
     "affinity_deviation_bwd(Tensor grad, Tensor decoder, Tensor encoder, bool signed) -> (Tensor, Tensor)",
     lambda grad, decoder, encoder, signed: (decoder.new_empty(decoder.shape), encoder.new_empty(encoder.shape)),
+    triton=_TRITON,
 )
 _refining_fwd = REFINING_OP.raw_op(
-    f"refining_map_fwd(Tensor? decoder, Tensor encoder, {REFINE_OPTIONS}) -> (Tensor, Tensor, Tensor)", _fake_refining_map
+    f"refining_map_fwd(Tensor? decoder, Tensor encoder, {REFINE_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    _fake_refining_map,
+    triton=_TRITON,
 )
 _refining_bwd = REFINING_OP.raw_op(
     f"refining_map_bwd(Tensor grad_matrix, Tensor grad_deviation, Tensor? decoder, Tensor encoder, Tensor gate, {REFINE_OPTIONS}, "
     "bool need_decoder, bool need_encoder) -> (Tensor, Tensor)",
     _fake_refining_map_bwd,
+    triton=_TRITON,
 )
 
 
@@ -126,7 +133,7 @@ def cosine_affinity(feature: Tensor, *, clamp_min: float | None = None, backend:
     Args:
         feature: `Tensor[..., C, N]`, any floating type.
         clamp_min: results are at least this; `None` for no bound. Sinkhorn normalisation needs 0.
-        backend: `"cpu"`, `"reference"`, or `None` to choose.
+        backend: `"triton"`, `"cpu"`, `"reference"`, or `None` to choose.
 
     Returns:
         `Tensor[..., N, N]` in [−1, 1], symmetric to the last bit, in the dtype of `feature`. Zero vectors give 0.
@@ -152,7 +159,7 @@ def sigmoid_affinity(feature: Tensor, *, scale: float = 1.0, backend: str | None
     Args:
         feature: `Tensor[..., C, N]`, any floating type.
         scale: a finite number.
-        backend: `"cpu"`, `"reference"`, or `None` to choose.
+        backend: `"triton"`, `"cpu"`, `"reference"`, or `None` to choose.
 
     Returns:
         `Tensor[..., N, N]` in [0, 1], symmetric to the last bit, in the dtype of `feature`.
@@ -179,7 +186,7 @@ def affinity_deviation(decoder_affinity: Tensor, encoder_affinity: Tensor, *, si
         decoder_affinity: `Tensor[B, N, N]`, any floating type.
         encoder_affinity: `Tensor[B, L, N, N]`, the same dtype.
         signed: without the absolute value, as in WeCLIP's released code.
-        backend: `"cpu"`, `"reference"`, or `None` to choose.
+        backend: `"triton"`, `"cpu"`, `"reference"`, or `None` to choose.
 
     Returns:
         `Tensor[B, L]` in the dtype of the inputs, float32 for half types.
@@ -258,7 +265,7 @@ def refining_map(
         first_layer: the first candidate, in [0, L).
         signed: deviations without the absolute value (WeCLIP's released code).
         clamp_min: every A_l is at least this before it is used; `None` for no bound (the released code).
-        backend: `"cpu"`, `"reference"`, or `None` to choose.
+        backend: `"triton"`, `"cpu"`, `"reference"`, or `None` to choose.
 
     Returns:
         `RefiningMap(matrix, gate, deviation)`: `Tensor[B, N, N]` in the dtype of the first tensor, bool `Tensor[B, L]`, and

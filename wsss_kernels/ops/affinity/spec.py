@@ -271,7 +271,7 @@ SQUARE = {
     "gradients": ("feature",),
     "flops": lambda feature, **_: float(feature.numel()) * feature.shape[-1],
     "peak_bytes": _square_bytes,
-    "paths": {"cpu": ("affinity.forward", "affinity.backward")},
+    "paths": {"cpu": ("affinity.forward", "affinity.backward"), "triton": ("affinity.triton", "affinity.triton.backward")},
 }
 SPECS = (
     OpSpec(
@@ -316,7 +316,10 @@ SPECS = (
         float32_outputs=(0,),
         invariants=(equal_affinities_deviate_by_zero,),
         malformed=deviation_malformed,
-        paths={"cpu": ("affinity_deviation.forward", "affinity_deviation.backward")},
+        paths={
+            "cpu": ("affinity_deviation.forward", "affinity_deviation.backward"),
+            "triton": ("affinity_deviation.triton", "affinity_deviation.triton.backward"),
+        },
         cases=(_deviation_case(784),),
         baselines=("eager_deviation",),
         flops=lambda decoder_affinity, encoder_affinity, **_: 3.0 * encoder_affinity.numel(),
@@ -333,7 +336,10 @@ SPECS = (
         float32_outputs=(2,),
         invariants=(one_layer_always_survives, the_map_is_what_the_parts_give),
         malformed=refining_malformed,
-        paths={"cpu": ("refining_map.forward", "refining_map.backward")},
+        paths={
+            "cpu": ("refining_map.forward", "refining_map.backward"),
+            "triton": ("refining_map.triton", "refining_map.triton.backward"),
+        },
         cases=(_refining_case(784, False), _refining_case(784, True), _refining_case(784, False, backward=True, quick=False)),
         baselines=("eager_refining_map",),
         flops=refining_flops,

@@ -10,11 +10,16 @@ from ... import _args
 from ..._dispatch import Backend, Operator, apply
 from . import reference
 
-AFFINITY_LOSS_OP = Operator("affinity_loss", backends=(Backend("cpu"),))
+AFFINITY_LOSS_OP = Operator("affinity_loss", backends=(Backend("triton"), Backend("cpu")))
 
+_TRITON = f"{__package__}.triton_impl"
 _fwd = AFFINITY_LOSS_OP.raw_op(
     "affinity_loss_fwd(Tensor feature, Tensor label, str kind, int radius, int ignore_index, bool differentiate) -> (Tensor, Tensor)",
-    lambda feature, *options: (feature.new_empty(()), feature.new_empty(feature.shape if options[-1] else (0,))),
+    lambda feature, *options: (
+        feature.new_empty((), dtype=_args.accumulator(feature.dtype)),
+        feature.new_empty(feature.shape if options[-1] else (0,), dtype=_args.accumulator(feature.dtype)),
+    ),
+    triton=_TRITON,
 )
 
 
@@ -54,7 +59,7 @@ def affinity_loss(
         kind: `"balanced"`: `½ Σ_pos(1 − A)/(n_pos + 1) + ½ Σ_neg A/(n_neg + 1)`; `"bce"`: mean binary cross-entropy.
         radius: largest distance of a pair in cells, or `None`.
         ignore_index: cells of this label take no part.
-        backend: `"cpu"`, `"reference"`, or `None` to choose.
+        backend: `"triton"`, `"cpu"`, `"reference"`, or `None` to choose.
 
     Returns:
         0-d tensor in the dtype of `feature`, float32 for half-precision input. 0 if there is no pair.

@@ -122,7 +122,7 @@ SPECS = (
         autocast="fp32",
         invariants=(order_of_cells_does_not_matter, wide_radius_is_no_limit, void_cells_do_not_matter, zero_features_are_undecided),
         malformed=malformed,
-        paths={"cpu": ("affinity_loss.cpu",)},
+        paths={"cpu": ("affinity_loss.cpu",), "triton": ("affinity_loss.triton", "affinity_loss.triton.backward")},
         cases=(_case(1, 256, 20, 20), _case(4, 256, 32, 32, quick=False), _case(1, 256, 48, 48, quick=False, target=3.0)),
         baselines=("eager",),
         flops=lambda feature, label, **_: 1.0 * feature.numel() * feature.shape[2] * feature.shape[3],

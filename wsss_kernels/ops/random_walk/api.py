@@ -22,8 +22,9 @@ def _note(**call) -> str:
     return f"{'streaming: tiles of the refining map are recomputed in every pass' if streams else 'stored: the refining map is computed once'} ({reason})"
 
 
-WALK_OP = Operator("random_walk", backends=(Backend("cpu"),))
-AFFINITY_WALK_OP = Operator("affinity_random_walk", backends=(Backend("cpu"),), note=_note)
+_TRITON = f"{__package__}.triton_impl"
+WALK_OP = Operator("random_walk", backends=(Backend("triton"), Backend("cpu")))
+AFFINITY_WALK_OP = Operator("affinity_random_walk", backends=(Backend("triton"), Backend("cpu")), note=_note)
 
 
 WALK_OPTIONS = "bool target, int sinkhorn_iter, int power"
@@ -40,10 +41,13 @@ def _fake_bwd(grad, affinity, tape, mask, target, sinkhorn_iter, power, need_aff
     return grad.new_empty(grad.shape), affinity.new_empty(affinity.shape[0] if need_affinity else 0, n, n)
 
 
-_fwd = WALK_OP.raw_op(f"random_walk_fwd(Tensor affinity, Tensor cam, Tensor? mask, {WALK_OPTIONS}) -> (Tensor, Tensor)", _fake_fwd)
+_fwd = WALK_OP.raw_op(
+    f"random_walk_fwd(Tensor affinity, Tensor cam, Tensor? mask, {WALK_OPTIONS}) -> (Tensor, Tensor)", _fake_fwd, triton=_TRITON
+)
 _bwd = WALK_OP.raw_op(
     f"random_walk_bwd(Tensor grad, Tensor affinity, Tensor tape, Tensor? mask, {WALK_OPTIONS}, bool need_affinity) -> (Tensor, Tensor)",
     _fake_bwd,
+    triton=_TRITON,
 )
 
 
@@ -59,11 +63,13 @@ _streaming_fwd = AFFINITY_WALK_OP.raw_op(
     f"affinity_random_walk_fwd(Tensor cam, Tensor? mask, Tensor? decoder, Tensor encoder, {REFINE_OPTIONS}, {WALK_OPTIONS}) "
     "-> (Tensor, Tensor, Tensor)",
     _fake_streaming,
+    triton=_TRITON,
 )
 _streaming_bwd = AFFINITY_WALK_OP.raw_op(
     f"affinity_random_walk_bwd(Tensor grad, Tensor? mask, Tensor? decoder, Tensor encoder, Tensor tape, Tensor gate, {REFINE_OPTIONS}, "
     f"{WALK_OPTIONS}, bool need_decoder, bool need_encoder) -> (Tensor, Tensor, Tensor)",
     _fake_streaming_bwd,
+    triton=_TRITON,
 )
 
 
@@ -142,7 +148,7 @@ def random_walk(
         sinkhorn_iter: rounds of Sinkhorn normalisation, ≥ 0.
         power: steps of the walk, ≥ 0; 0 returns `mask ⊙ cam`.
         mask_side: `"source"` masks before the walk (M4: the mask is 1×hw and cuts columns), `"target"` after it.
-        backend: `"cpu"`, `"reference"`, or `None` to choose.
+        backend: `"triton"`, `"cpu"`, `"reference"`, or `None` to choose.
 
     Returns:
         A tensor of the shape of `cam`, in the dtype of `affinity`; float32 under autocast.
@@ -200,7 +206,7 @@ def affinity_random_walk(
         sinkhorn_iter, power, mask_side: as in `random_walk`.
         streaming: `True` recomputes tiles of the map in every pass and stores nothing N×N beyond the inputs; `False`
             stores the map once; `None` streams from N = 8192 on. The results are the same.
-        backend: `"cpu"`, `"reference"`, or `None` to choose.
+        backend: `"triton"`, `"cpu"`, `"reference"`, or `None` to choose.
 
     Returns:
         `Tensor[B, K, h, w]` in the dtype of `cam`; float32 under autocast.
@@ -247,7 +253,8 @@ def affinity_random_walk(
     (start,) = _args.widen(chosen, cam)
     weight = None if mask is None else _args.widen(chosen, mask)[0]
     if streaming or (streaming is None and encoder.shape[-1] >= STREAMING_FROM):
-        result = apply(_StreamingWalk, start, weight, decoder, wide, chosen, *refine, *options)
-    else:
-        result = apply(_Walk, refined_matrix(decoder, wide, chosen, *refine), start, weight, chosen, *options)
-    return _args.rounded(result, cam.dtype)
+        return _args.rounded(apply(_StreamingWalk, start, weight, decoder, wide, chosen, *refine, *options), cam.dtype)
+    matrix = refined_matrix(decoder, wide, chosen, *refine)
+    if chosen == "triton" and wide.dtype in _args.HALVES:
+        matrix = matrix.bfloat16()  # what every pass reads; rounding averages out in the sums
+    return _args.rounded(apply(_Walk, matrix, start, weight, chosen, *options), cam.dtype)

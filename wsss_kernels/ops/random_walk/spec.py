@@ -134,8 +134,8 @@ def an_identity_leaves_the_cam(run) -> None:
 
 
 def same_bits_stored_and_streaming(run) -> None:
-    cam, decoder = rand(1, 3, 1, 300, seed=1), scaled(1, 9, 300)
-    for encoder, kind in ((spread_features(3, 21, 300, 1), "feature"), (spread_maps(3, 300, 1), "affinity")):
+    cam, decoder = rand(1, 3, 1, 151, seed=1), scaled(1, 9, 151)
+    for encoder, kind in ((spread_features(3, 21, 151, 1), "feature"), (spread_maps(3, 151, 1), "affinity")):
         stored, streamed = (run(cam, decoder, encoder, encoder_is=kind, streaming=s) for s in (False, True))
         assert torch.equal(stored, streamed)
         matrix = affinity_reference.refining_map(decoder, encoder, encoder_is=kind).matrix
@@ -196,7 +196,10 @@ SPECS = (
         autocast="fp32",
         invariants=(mass_is_kept, linear_in_the_cam, steps_compose, order_of_tokens_does_not_matter, an_identity_leaves_the_cam),
         malformed=walk_malformed,
-        paths={"cpu": ("random_walk.forward", "random_walk.forward.small", "random_walk.backward")},
+        paths={
+            "cpu": ("random_walk.forward", "random_walk.forward.small", "random_walk.backward"),
+            "triton": ("random_walk.triton", "random_walk.triton.backward"),
+        },
         cases=(
             _case(784, 5, (28, 28), 8.0),
             _case(2048, 5, (32, 64), 15.0),
@@ -226,7 +229,13 @@ SPECS = (
                 "affinity_random_walk.streaming.backward",
                 "refining_map.forward",
                 "random_walk.forward",
-            )
+            ),
+            "triton": (
+                "affinity_random_walk.triton.streaming",
+                "affinity_random_walk.triton.streaming.backward",
+                "refining_map.triton",
+                "random_walk.triton",
+            ),
         },
         cases=(_affinity_case(784, (28, 28), False), _affinity_case(784, (28, 28), True)),
         baselines=("eager_with_map",),

@@ -12,8 +12,10 @@ from ... import _args
 from ..._dispatch import Backend, Operator, apply
 from . import reference
 
-SINKHORN_OP = Operator("sinkhorn", backends=(Backend("cpu"),))
-SCALING_OP = Operator("sinkhorn_scaling", backends=(Backend("cpu"),))
+SINKHORN_OP = Operator("sinkhorn", backends=(Backend("triton"), Backend("cpu")))
+SCALING_OP = Operator("sinkhorn_scaling", backends=(Backend("triton"), Backend("cpu")))
+
+_TRITON = f"{__package__}.triton_impl"
 
 
 def _fake_fwd(matrix, num_iter):
@@ -21,14 +23,16 @@ def _fake_fwd(matrix, num_iter):
     return matrix.new_empty(matrix.shape), matrix.new_empty(batch, 2 * num_iter, n, dtype=torch.float64)
 
 
-_fwd = SINKHORN_OP.raw_op("sinkhorn_fwd(Tensor matrix, int num_iter) -> (Tensor, Tensor)", _fake_fwd)
+_fwd = SINKHORN_OP.raw_op("sinkhorn_fwd(Tensor matrix, int num_iter) -> (Tensor, Tensor)", _fake_fwd, triton=_TRITON)
 _bwd = SINKHORN_OP.raw_op(
     "sinkhorn_bwd(Tensor grad, Tensor matrix, Tensor scales) -> Tensor",
     lambda grad, matrix, scales: torch.empty_like(matrix, memory_format=torch.contiguous_format),
+    triton=_TRITON,
 )
 _scaling = SCALING_OP.raw_op(
     "sinkhorn_scaling_fwd(Tensor matrix, int num_iter) -> (Tensor, Tensor)",
-    lambda matrix, num_iter: (matrix.new_empty(matrix.shape[:-1]), matrix.new_empty(matrix.shape[:-1])),
+    lambda matrix, num_iter: tuple(matrix.new_empty(matrix.shape[:-1], dtype=_args.accumulator(matrix.dtype)) for _ in range(2)),
+    triton=_TRITON,
 )
 
 
@@ -60,7 +64,7 @@ def sinkhorn(matrix: Tensor, num_iter: int = 3, *, backend: str | None = None) -
     Args:
         matrix: `Tensor[..., N, N]`, any floating type. Entries must be ≥ 0: not checked, since a check would stop a GPU.
         num_iter: number of rounds, ≥ 0.
-        backend: `"cpu"`, `"reference"`, or `None` to choose.
+        backend: `"triton"`, `"cpu"`, `"reference"`, or `None` to choose.
 
     Returns:
         `Tensor[..., N, N]` in the dtype of `matrix` (float32 under autocast), whose rows sum to 1 and columns nearly so.
@@ -86,7 +90,7 @@ def sinkhorn_scaling(matrix: Tensor, num_iter: int = 3, *, backend: str | None =
     Args:
         matrix: `Tensor[..., N, N]`, any floating type, entries ≥ 0 (not checked).
         num_iter: number of rounds, ≥ 0.
-        backend: `"cpu"`, `"reference"`, or `None` to choose.
+        backend: `"triton"`, `"cpu"`, `"reference"`, or `None` to choose.
 
     Returns:
         Two `Tensor[..., N]`, in the dtype of `matrix`, float32 for half types. Empty rows and columns have 0.
@@ -106,6 +110,6 @@ def sinkhorn_scaling(matrix: Tensor, num_iter: int = 3, *, backend: str | None =
         return reference.sinkhorn_scaling(matrix, num_iter)
     (wide,) = _args.widen(chosen, matrix)
     if num_iter == 0:
-        ones = wide.new_ones(wide.shape[:-1])
+        ones = wide.new_ones(wide.shape[:-1], dtype=_args.accumulator(wide.dtype))
         return ones, ones.clone()
     return _scaling[chosen](wide, num_iter)
