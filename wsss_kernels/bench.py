@@ -89,7 +89,7 @@ def baselines(spec: OpSpec, case: Case) -> dict[str, Callable]:
 
 @functools.cache
 def _normal(*size: int) -> torch.Tensor:
-    return torch.randn(*size, generator=torch.Generator().manual_seed(7)).bfloat16()
+    return torch.randn(size, generator=torch.Generator().manual_seed(7)).bfloat16()
 
 
 def _cotangent(t: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ namespace wsss {
 namespace kmeans {
 
 constexpr int kBlock = 64;            // points of a packed block
-constexpr int kLanes = 16;            // partial sums of a coordinate
+constexpr int kLanes = 16;            // partial sums of a coordinate, at most: the values of the widest vector
 constexpr int64_t kShare = 1024;      // points whose sums are formed by one thread, at least
 constexpr int64_t kMaskedSums = 512;  // sums by masks up to this number of coordinates of all centroids
 
@@ -69,7 +69,7 @@ class Points {
  private:
   void pass(int64_t* label, bool sum) {
     parallel_for(0, shares_, 1, [&](int64_t b, int64_t e) {
-      Buffer<T> lanes(sum && masked_ ? k_ * depth_ * kLanes : 0);
+      Buffer<T> lanes(sum && masked_ ? k_ * (depth_ + 1) * kLanes : 0);
       for (int64_t s = b; s < e; ++s)
         lloyd_share(T{})(x_, blocks_.data(), depth_, s * share_, std::min(count_, (s + 1) * share_), centroid_, k_,
                          label, sum ? sums_.data() + s * k_ * depth_ : nullptr, sizes_.data() + s * k_, lanes.data());
