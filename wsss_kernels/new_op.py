@@ -180,10 +180,8 @@ namespace {name} {{
 
 constexpr int64_t kGrain = 32768;
 
-static auto forward(float) {{ return WSSS_CPU({name}_forward_f32); }}
-static auto forward(double) {{ return WSSS_CPU({name}_forward_f64); }}
-static auto backward(float) {{ return WSSS_CPU({name}_backward_f32); }}
-static auto backward(double) {{ return WSSS_CPU({name}_backward_f64); }}
+WSSS_PICK({name}_forward)
+WSSS_PICK({name}_backward)
 
 static Tensor fwd(const Tensor& x, double scale) {{
   const Tensor input = torch::stable::contiguous(x);
@@ -191,7 +189,7 @@ static Tensor fwd(const Tensor& x, double scale) {{
   for_float_type("{name}", x, [&](auto tag) {{
     using T = decltype(tag);
     WSSS_PATH("{name}.cpu");
-    const auto kernel = forward(tag);
+    const auto kernel = {name}_forward(tag);
     parallel_for(0, x.numel(), kGrain, [&, px = in<T>(input), py = out<T>(y)](int64_t begin, int64_t end) {{
       kernel(px + begin, py + begin, end - begin, T(scale));
     }});
@@ -205,7 +203,7 @@ static Tensor bwd(const Tensor& x, const Tensor& grad, double scale) {{
   Tensor dx = torch::stable::empty_like(input);
   for_float_type("{name}", x, [&](auto tag) {{
     using T = decltype(tag);
-    const auto kernel = backward(tag);
+    const auto kernel = {name}_backward(tag);
     parallel_for(0, x.numel(), kGrain, [&, px = in<T>(input), pg = in<T>(g), pd = out<T>(dx)](int64_t begin, int64_t end) {{
       kernel(px + begin, pg + begin, pd + begin, end - begin, T(scale));
     }});

@@ -36,3 +36,10 @@ namespace v4 {
 #pragma GCC pop_options
 #endif
 #undef WSSS_CPU_KERNELS
+
+// name(T{}): the kernel name_f32 or name_f64 of the current level.
+#ifndef WSSS_PICK
+#define WSSS_PICK(name)                                    \
+  static auto name(float) { return WSSS_CPU(name##_f32); } \
+  static auto name(double) { return WSSS_CPU(name##_f64); }
+#endif

@@ -8,6 +8,7 @@ namespace wsss {
 constexpr int64_t kPairStrip = 32;                // columns of a strip, a multiple of every register block
 constexpr int64_t kPairRows = 64;                 // rows of a tile
 constexpr int64_t kPairColumns = 256;             // columns of a tile, at most
+constexpr int64_t kPairBand = 256;                // rows of a chunk's weights that the second-level cache holds
 constexpr int64_t kPairLine = kPairColumns + 16;  // between the rows of a chunk's weights; see pair_stride
 
 constexpr int64_t pair_round(int64_t n) { return (n + kPairStrip - 1) / kPairStrip * kPairStrip; }

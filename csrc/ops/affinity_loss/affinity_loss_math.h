@@ -1,4 +1,4 @@
-// The affinity loss of one pair and its derivative (M4 Eq. 3.20-3.21), and the arguments of a pass over all pairs.
+// The arguments of a pass over all pairs of cells (M4 Eq. 3.20-3.21).
 #pragma once
 #include "wsss/pairs.h"
 
@@ -14,12 +14,6 @@ struct Cells {
   const T *rows, *label, *y, *x;
   int64_t count, depth;
   T radius;
-};
-
-// What a pass adds up: Σ over positive pairs, Σ over negative pairs, and how many there are of each.
-template <class T>
-struct PairSums {
-  T positive, negative, positives, negatives;
 };
 
 }  // namespace affinity_loss

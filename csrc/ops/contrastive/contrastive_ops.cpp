@@ -5,7 +5,7 @@
 #include <tuple>
 
 #include "ops/contrastive/contrastive_math.h"
-#include "wsss/tensor.h"
+#include "wsss/pair_loops.h"
 
 namespace wsss {
 namespace contrastive {
@@ -13,9 +13,6 @@ namespace contrastive {
 #define WSSS_CPU_KERNELS "ops/contrastive/contrastive_cpu.inc"
 #include "wsss/cpu_kernels.h"
 
-#define WSSS_PICK(name)                                    \
-  static auto name(float) { return WSSS_CPU(name##_f32); } \
-  static auto name(double) { return WSSS_CPU(name##_f64); }
 WSSS_PICK(unit)
 WSSS_PICK(pack)
 WSSS_PICK(supcon_forward)
@@ -24,7 +21,6 @@ WSSS_PICK(infonce_forward)
 WSSS_PICK(infonce_weights)
 WSSS_PICK(infonce_products)
 WSSS_PICK(finish)
-#undef WSSS_PICK
 
 constexpr int64_t kGroups = 32;  // shares of the rows' statistics; fixed, so that their sum is
 constexpr int64_t kUnitGrain = 256;
@@ -287,9 +283,8 @@ static void infonce_gradients(const Batch<T>& batch, double temperature, const T
         infonce_weights(T{})(pairs, j, std::min(kPairRows, n - j), chunk, width, rows, columns, strips.data(),
                              weights.data() + j * kPairLine);
     });
-    parallel_for(0, ceil_div(d, kPairStrip), 1, [&](int64_t c, int64_t e) {
-      for (; c < e; ++c)
-        infonce_products(T{})(pairs, chunk, width, c * kPairStrip, weights.data(), dx.data(), dy.data());
+    for_products(d, [&](int64_t feature, int64_t end, int64_t part, int64_t parts) {
+      infonce_products(T{})(pairs, chunk, width, feature, end, part, parts, weights.data(), dx.data(), dy.data());
     });
   }
 }

@@ -18,16 +18,11 @@ struct Gradients {
 #define WSSS_CPU_KERNELS "ops/criss_cross/criss_cross_cpu.inc"
 #include "wsss/cpu_kernels.h"
 
-auto column_forward(float) { return WSSS_CPU(column_forward_f32); }
-auto column_forward(double) { return WSSS_CPU(column_forward_f64); }
-auto row_forward(float) { return WSSS_CPU(row_forward_f32); }
-auto row_forward(double) { return WSSS_CPU(row_forward_f64); }
-auto row_dot(float) { return WSSS_CPU(row_dot_f32); }
-auto row_dot(double) { return WSSS_CPU(row_dot_f64); }
-auto column_backward(float) { return WSSS_CPU(column_backward_f32); }
-auto column_backward(double) { return WSSS_CPU(column_backward_f64); }
-auto row_backward(float) { return WSSS_CPU(row_backward_f32); }
-auto row_backward(double) { return WSSS_CPU(row_backward_f64); }
+WSSS_PICK(column_forward)
+WSSS_PICK(row_forward)
+WSSS_PICK(row_dot)
+WSSS_PICK(column_backward)
+WSSS_PICK(row_backward)
 
 constexpr int64_t kStride = 32, kBlock = 32;  // cells of a row of statistics; channels of a block of column products
 

@@ -16,10 +16,8 @@ constexpr int64_t kMaskedSums = 512;  // sums by masks up to this number of coor
 #define WSSS_CPU_KERNELS "ops/kmeans/kmeans_cpu.inc"
 #include "wsss/cpu_kernels.h"
 
-static auto pack_points(float) { return WSSS_CPU(pack_points_f32); }
-static auto pack_points(double) { return WSSS_CPU(pack_points_f64); }
-static auto lloyd_share(float) { return WSSS_CPU(lloyd_share_f32); }
-static auto lloyd_share(double) { return WSSS_CPU(lloyd_share_f64); }
+WSSS_PICK(pack_points)
+WSSS_PICK(lloyd_share)
 
 // One set of points with its centroids. The shares depend on sizes alone, so neither do the sums on the number of
 // threads.

@@ -9,10 +9,8 @@ namespace {
 #define WSSS_CPU_KERNELS "ops/mpfp/mpfp_cpu.inc"
 #include "wsss/cpu_kernels.h"
 
-auto forward_kernel(float) { return WSSS_CPU(forward_f32); }
-auto forward_kernel(double) { return WSSS_CPU(forward_f64); }
-auto backward_kernel(float) { return WSSS_CPU(backward_f32); }
-auto backward_kernel(double) { return WSSS_CPU(backward_f64); }
+WSSS_PICK(forward)
+WSSS_PICK(backward)
 
 constexpr int64_t kRegisters = 32;  // rows are a multiple of two vector registers of the widest level
 
@@ -89,7 +87,7 @@ std::tuple<Tensor, Tensor> fwd(const Tensor& feature, const Tensor& weight_pos, 
   for_float_type("mpfp", feature, [&](auto tag) {
     using T = decltype(tag);
     const Buffer<T> weight = packed(p, in<T>(pos), in<T>(neg));
-    const auto kernel = forward_kernel(tag);
+    const auto kernel = forward(tag);
     const int64_t sample = p.channels * p.height * p.width;
     parallel_for(0, feature.size(0), 1,
                  [&, f = in<T>(x), l = out<T>(logit), y = out<T>(fused)](int64_t begin, int64_t end) {
@@ -119,7 +117,7 @@ std::tuple<Tensor, Tensor, Tensor> bwd(const Tensor& feature, const Tensor& weig
   for_float_type("mpfp", feature, [&](auto tag) {
     using T = decltype(tag);
     const Buffer<T> weight = packed(p, in<T>(pos), in<T>(neg));
-    const auto kernel = backward_kernel(tag);
+    const auto kernel = backward(tag);
     const int64_t sample = p.channels * p.height * p.width, batch = feature.size(0), taps = p.fusions() * p.taps();
     Buffer<double> parts(std::max<int64_t>(1, batch * taps));
     parallel_for(0, batch, 1,

@@ -32,14 +32,10 @@ struct Seen {
 #define WSSS_CPU_KERNELS "ops/purified_label/purified_label_cpu.inc"
 #include "wsss/cpu_kernels.h"
 
-#define WSSS_BY_TYPE(name)                          \
-  auto name(float) { return WSSS_CPU(name##_f32); } \
-  auto name(double) { return WSSS_CPU(name##_f64); }
-WSSS_BY_TYPE(chunk_losses)
-WSSS_BY_TYPE(chunk_weights)
-WSSS_BY_TYPE(chunk_total)
-WSSS_BY_TYPE(chunk_backward)
-#undef WSSS_BY_TYPE
+WSSS_PICK(chunk_losses)
+WSSS_PICK(chunk_weights)
+WSSS_PICK(chunk_total)
+WSSS_PICK(chunk_backward)
 
 Shape shape_of(const Tensor& logit, const Tensor& label, int64_t ignore_index) {
   WSSS_CHECK(logit.dim() == 4 && label.dim() == 3 && logit.size(0) == label.size(0) && logit.size(1) > 0 &&

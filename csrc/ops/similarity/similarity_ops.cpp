@@ -19,15 +19,11 @@ struct Shape {
 #define WSSS_CPU_KERNELS "ops/similarity/similarity_cpu.inc"
 #include "wsss/cpu_kernels.h"
 
-#define WSSS_BY_TYPE(name)                          \
-  auto name(float) { return WSSS_CPU(name##_f32); } \
-  auto name(double) { return WSSS_CPU(name##_f64); }
-WSSS_BY_TYPE(maps)
-WSSS_BY_TYPE(largest)
-WSSS_BY_TYPE(block_backward)
-WSSS_BY_TYPE(text_gradient)
-WSSS_BY_TYPE(pool_backward)
-#undef WSSS_BY_TYPE
+WSSS_PICK(maps)
+WSSS_PICK(largest)
+WSSS_PICK(block_backward)
+WSSS_PICK(text_gradient)
+WSSS_PICK(pool_backward)
 
 Shape shape_of(const Tensor& visual, const Tensor& text, const Tensor& scale, bool normalize) {
   WSSS_CHECK(visual.dim() == 4 && text.dim() == 2 && visual.size(1) == text.size(1) && visual.size(2) > 0 &&

@@ -4,7 +4,7 @@
 #include <tuple>
 
 #include "ops/wasserstein/wasserstein_math.h"
-#include "wsss/tensor.h"
+#include "wsss/pair_loops.h"
 
 namespace wsss {
 namespace wasserstein {
@@ -12,9 +12,6 @@ namespace wasserstein {
 #define WSSS_CPU_KERNELS "ops/wasserstein/wasserstein_cpu.inc"
 #include "wsss/cpu_kernels.h"
 
-#define WSSS_PICK(name)                                    \
-  static auto name(float) { return WSSS_CPU(name##_f32); } \
-  static auto name(double) { return WSSS_CPU(name##_f64); }
 WSSS_PICK(add_rows)
 WSSS_PICK(centred)
 WSSS_PICK(unit)
@@ -26,7 +23,6 @@ WSSS_PICK(gradient_products)
 WSSS_PICK(column_sums)
 WSSS_PICK(finish_gaussians)
 WSSS_PICK(finish_semantic)
-#undef WSSS_PICK
 
 using Size = std::vector<int64_t>;
 constexpr int64_t kGroups = 32;  // shares of the rows' statistics; fixed, so that their sum is
@@ -200,7 +196,7 @@ static std::vector<double> gradients(const Problem<T>& problem, const Constants<
                                      double factor, Gradient<T>& dx, Gradient<T>& dy) {
   const Sides<T>& s = problem.sides;
   const int64_t ld = pair_stride(s.depth), lds = pair_stride(s.semantic_depth), bands = ceil_div(s.rows, kPairRows);
-  const int64_t weights = bands * kPairRows * kPairLine, features = ceil_div(s.depth, kPairStrip);
+  const int64_t weights = bands * kPairRows * kPairLine;
   const bool recompute = target != Target::kDistance && !kept;
   Buffer<T> strips(recompute ? problem.total_depth() * kPairColumns : 0), alpha(weights),
       beta(s.semantic_depth ? weights : 0);
@@ -222,13 +218,13 @@ static std::vector<double> gradients(const Problem<T>& problem, const Constants<
                               beta.data() + (beta.size() ? at : 0), dx.weight.data(), scalars.data() + 4 * b);
       }
     });
-    parallel_for(0, features + ceil_div(s.semantic_depth, kPairStrip), 1, [&](int64_t b, int64_t e) {
-      for (; b < e; ++b) {
-        const bool semantic = b >= features;
-        gradient_products(T{})(s, chunk, width, (semantic ? b - features : b) * kPairStrip, semantic,
-                               semantic ? beta.data() : alpha.data(), semantic ? dx.semantic.data() : dx.rows.data(),
-                               semantic ? dy.semantic.data() : dy.rows.data());
-      }
+    for_products(s.depth, [&](int64_t feature, int64_t end, int64_t part, int64_t parts) {
+      gradient_products(T{})(s, chunk, width, false, feature, end, part, parts, alpha.data(), dx.rows.data(),
+                             dy.rows.data());
+    });
+    for_products(s.semantic_depth, [&](int64_t feature, int64_t end, int64_t part, int64_t parts) {
+      gradient_products(T{})(s, chunk, width, true, feature, end, part, parts, beta.data(), dx.semantic.data(),
+                             dy.semantic.data());
     });
     parallel_for(0, ceil_div(width, kPairStrip), 1, [&](int64_t b, int64_t e) {
       column_sums(T{})(alpha.data(), s.rows, b * kPairStrip, std::min(width, e * kPairStrip), dy.weight.data());

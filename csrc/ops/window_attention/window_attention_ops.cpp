@@ -17,14 +17,12 @@ struct Branch {
 #define WSSS_CPU_KERNELS "ops/window_attention/window_attention_cpu.inc"
 #include "wsss/cpu_kernels.h"
 
-auto forward_kernel(float) { return WSSS_CPU(window_forward_f32); }
-auto forward_kernel(double) { return WSSS_CPU(window_forward_f64); }
-auto backward_kernel(float) { return WSSS_CPU(window_backward_f32); }
-auto backward_kernel(double) { return WSSS_CPU(window_backward_f64); }
+WSSS_PICK(window_forward)
+WSSS_PICK(window_backward)
 
 using Ints = std::vector<int64_t>;
 using Tensors = std::vector<Tensor>;
-constexpr int64_t kParts = 64;  // of the windows, whose bias gradients are summed apart and then in order
+constexpr int64_t kParts = 16;  // of the windows, whose bias gradients are summed apart and then in order
 
 Geometry geometry(const Tensor& map, int64_t heads, const Ints& window, const Ints& shift, double scale) {
   WSSS_CHECK(map.dim() == 4 && map.size(1) > 0 && map.size(2) > 0, "window_attention: maps of B×H×W×C expected");
@@ -84,7 +82,7 @@ Tensors forward(const Tensors& maps, const Tensor& bias, const Geometry& g) {
     for (size_t i = 0; i < results.size(); ++i)
       branches.push_back({in<T>(given[3 * i]), in<T>(given[3 * i + 1]), in<T>(given[3 * i + 2]), nullptr,
                           out<T>(results[i]), nullptr, nullptr, nullptr});
-    const auto kernel = forward_kernel(tag);
+    const auto kernel = window_forward(tag);
     parallel_for(0, int64_t(branches.size()) * g.windows(), 1, [&](int64_t begin, int64_t end) {
       Buffer<int32_t> slots(3 * g.slots());
       Buffer<T> work(work_cells<T>(g, 1));
@@ -100,14 +98,17 @@ template <class T>
 void reduce_bias(const Geometry& g, const Buffer<T>& parts, int64_t count, T* table) {
   const int64_t cells = g.slots() * g.stride(), last = difference(g.slots() - 1, g.window_width);
   parallel_for(0, g.heads, 1, [&](int64_t begin, int64_t end) {
-    Buffer<double> sums(g.offsets());
+    Buffer<double> sums(g.offsets()), slots(cells);
     for (int64_t h = begin; h < end; ++h) {
-      for (int64_t o = 0; o < g.offsets(); ++o) sums[o] = 0.;
-      for (int64_t p = 0; p < count; ++p)
-        for (int64_t k = 0; k < g.slots(); ++k)
-          for (int64_t q = 0; q < g.slots(); ++q)
-            sums[difference(q, g.window_width) - difference(k, g.window_width) + last] +=
-                double(parts[(p * g.heads + h) * cells + k * g.stride() + q]);
+      std::fill_n(slots.data(), cells, 0.);
+      for (int64_t p = 0; p < count; ++p) {
+        const T* part = parts.data() + (p * g.heads + h) * cells;
+        for (int64_t i = 0; i < cells; ++i) slots[i] += double(part[i]);
+      }
+      std::fill_n(sums.data(), g.offsets(), 0.);
+      for (int64_t k = 0; k < g.slots(); ++k)
+        for (int64_t q = 0; q < g.slots(); ++q)
+          sums[difference(q, g.window_width) - difference(k, g.window_width) + last] += slots[k * g.stride() + q];
       for (int64_t o = 0; o < g.offsets(); ++o) table[o * g.heads + h] = T(sums[o]);
     }
   });
@@ -134,7 +135,7 @@ Tensors backward(const Tensors& maps, const Tensors& grads, const Tensor& bias, 
                   size = std::max<int64_t>(1, (total + kParts - 1) / kParts);
     const int64_t parts = (total + size - 1) / size, cells = g.slots() * g.stride();
     Buffer<T> collected(table.size() ? std::max<int64_t>(1, parts) * g.heads * cells : 0);
-    const auto kernel = backward_kernel(tag);
+    const auto kernel = window_backward(tag);
     parallel_for(0, parts * g.heads, 1, [&](int64_t begin, int64_t end) {
       Buffer<int32_t> slots(3 * g.slots());
       Buffer<T> work(work_cells<T>(g, 2));

@@ -12,29 +12,26 @@ from . import reference
 
 AFFINITY_LOSS_OP = Operator("affinity_loss", backends=(Backend("cpu"),))
 
-_OPTIONS = "str kind, int radius, int ignore_index"
 _fwd = AFFINITY_LOSS_OP.raw_op(
-    f"affinity_loss_fwd(Tensor feature, Tensor label, {_OPTIONS}) -> (Tensor, Tensor)",
-    lambda feature, *_: (feature.new_empty(()), feature.new_empty((2,), dtype=torch.float64)),
-)
-_bwd = AFFINITY_LOSS_OP.raw_op(
-    f"affinity_loss_bwd(Tensor feature, Tensor label, Tensor counts, Tensor grad, {_OPTIONS}) -> Tensor",
-    lambda feature, *_: feature.new_empty(feature.shape),
+    "affinity_loss_fwd(Tensor feature, Tensor label, str kind, int radius, int ignore_index, bool differentiate) -> (Tensor, Tensor)",
+    lambda feature, *options: (feature.new_empty(()), feature.new_empty(feature.shape if options[-1] else (0,))),
 )
 
 
 class _AffinityLoss(torch.autograd.Function):
+    """The forward pass makes the gradient too, from the same tiles: a pass of its own would make them again."""
+
     @staticmethod
     def forward(ctx, feature, label, backend, *options):
-        loss, counts = _fwd[backend](feature, label, *options)
-        ctx.save_for_backward(feature, label, counts)
-        ctx.backend, ctx.options = backend, options
+        loss, gradient = _fwd[backend](feature, label, *options)
+        ctx.save_for_backward(gradient)
+        ctx.options = len(options)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return _bwd[ctx.backend](*ctx.saved_tensors, grad, *ctx.options), None, None, *[None] * len(ctx.options)
+        return grad * ctx.saved_tensors[0], None, None, *[None] * ctx.options
 
 
 def affinity_loss(
@@ -62,7 +59,7 @@ def affinity_loss(
     Returns:
         0-d tensor in the dtype of `feature`, float32 for half-precision input. 0 if there is no pair.
 
-    Gradient: with respect to `feature`. Memory beyond inputs and gradients is O(B·N·d), N = h·w, forward and backward.
+    Gradient: with respect to `feature`, computed with the loss. Memory beyond inputs and gradients is O(B·N·d), N = h·w, forward and backward.
 
     Raises:
         TypeError: not tensors, an integer feature, a label that is not an integer tensor.
@@ -83,4 +80,5 @@ def affinity_loss(
     if chosen == "reference":
         return reference.affinity_loss(feature, label, kind=kind, radius=radius, ignore_index=ignore_index)
     (feature,) = _args.widen(chosen, feature)
-    return _AffinityLoss.apply(feature, label.long(), chosen, kind, reach, ignore_index)
+    differentiate = torch.is_grad_enabled() and feature.requires_grad
+    return _AffinityLoss.apply(feature, label.long(), chosen, kind, reach, ignore_index, differentiate)

@@ -104,10 +104,10 @@ def _case(batch: int, depth: int, height: int, width: int, *, quick: bool = True
 
 
 def _peak(feature, label, **_) -> float:
-    """Rows of one image, its labels and coordinates, the sorted labels, packed columns and tiles of each thread."""
+    """Rows of one image, its labels and coordinates, packed columns, a tile of each thread."""
     size, cells = feature.element_size(), feature.shape[2] * feature.shape[3]
     rows = (cells + 128) * (feature.shape[1] + 64) * size
-    return rows + 64 * cells + 8 * label.numel() + 16 * (128 * feature.shape[1] + 8192) * size
+    return rows + 64 * cells + 8 * label.numel() + (256 * feature.shape[1] + 64 * 272 * torch.get_num_threads()) * size
 
 
 SPECS = (

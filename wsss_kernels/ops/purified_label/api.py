@@ -44,7 +44,7 @@ def purified_label_loss(logit: Tensor, label: Tensor, *, ignore_index: int = 255
     valid pixels have one class has both weights 1; one without valid pixels contributes 0. Then the mean over all images.
 
     Args:
-        logit: `Tensor[B, C, H, W]`, any floating type, C ≥ 1.
+        logit: `Tensor[B, C, H, W]`, any floating type, C ≥ 1 (computed in float32, under autocast too).
         label: `Tensor[B, H, W]`, int64, int32 or uint8: classes 0 … C − 1, or `ignore_index`.
         ignore_index: label of the pixels that do not count.
         backend: `"cpu"`, `"reference"`, or `None` to choose.
@@ -67,7 +67,7 @@ def purified_label_loss(logit: Tensor, label: Tensor, *, ignore_index: int = 255
     _args.same(op, "logit", (logit.shape[0], *logit.shape[2:]), "label", tuple(label.shape), "batch size, height and width")
     if isinstance(ignore_index, bool) or not hasattr(ignore_index, "__index__"):
         raise TypeError(f"{op}: ignore_index must be an int, got {_args.describe(ignore_index)}")
-    logit, label = _args.align(op, ("logit", "label"), (logit, label))
+    logit, label = _args.align(op, ("logit", "label"), (logit, label), autocast="fp32")
     chosen = PURIFIED_OP.resolve((logit, label), backend)
     if chosen == "reference":
         return reference.purified_label_loss(logit, label, ignore_index=ignore_index)

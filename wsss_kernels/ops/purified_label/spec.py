@@ -99,6 +99,7 @@ SPECS = (
         samples=samples,
         gradients=("logit",),
         float32_outputs=(0,),
+        autocast="fp32",
         invariants=(ignored_pixels_are_cropped_away, images_are_averaged, one_class_is_plain_cross_entropy),
         malformed=malformed,
         paths={"cpu": ("purified_label.fwd", "purified_label.bwd")},

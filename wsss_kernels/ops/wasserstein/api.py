@@ -48,30 +48,22 @@ _loss_bwd = LOSS_OP.raw_op(
 )
 
 
-class _Distance(torch.autograd.Function):
+_PAIRWISE = {"wasserstein2": (_distance_fwd, _distance_bwd), "uncertainty_similarity": (_similarity_fwd, _similarity_bwd)}
+
+
+class _Pairwise(torch.autograd.Function):
+    """A matrix of all pairs; `op` names its kernels."""
+
     @staticmethod
-    def forward(ctx, backend, *tensors):
+    def forward(ctx, op, backend, *tensors):
         ctx.save_for_backward(*tensors)
-        ctx.backend = backend
-        return _distance_fwd[backend](*tensors)
+        ctx.op, ctx.backend = op, backend
+        return _PAIRWISE[op][0][backend](*tensors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return None, *_distance_bwd[ctx.backend](*ctx.saved_tensors, grad)
-
-
-class _Similarity(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, backend, *tensors):
-        ctx.save_for_backward(*tensors)
-        ctx.backend = backend
-        return _similarity_fwd[backend](*tensors)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        return None, *_similarity_bwd[ctx.backend](*ctx.saved_tensors, grad)
+        return None, None, *_PAIRWISE[ctx.op][1][ctx.backend](*ctx.saved_tensors, grad)
 
 
 class _Loss(torch.autograd.Function):
@@ -133,7 +125,7 @@ def wasserstein2(mu_x: Tensor, sigma_x: Tensor, mu_y: Tensor, sigma_y: Tensor, *
     chosen = WASSERSTEIN_OP.resolve(tensors, backend)
     if chosen == "reference":
         return reference.wasserstein2(*tensors)
-    return _Distance.apply(chosen, *_args.widen(chosen, *tensors))
+    return _Pairwise.apply(op, chosen, *_args.widen(chosen, *tensors))
 
 
 def uncertainty_similarity(
@@ -177,7 +169,7 @@ def uncertainty_similarity(
     if chosen == "reference":
         return reference.uncertainty_similarity(*tensors, a=a, b=b, lam=lam)
     dtype = tensors[0].dtype
-    return _Similarity.apply(chosen, *_args.widen(chosen, *tensors), torch.stack(constants)).to(dtype)
+    return _Pairwise.apply(op, chosen, *_args.widen(chosen, *tensors), torch.stack(constants)).to(dtype)
 
 
 def uncertainty_info_nce(
