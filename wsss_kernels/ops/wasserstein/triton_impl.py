@@ -209,7 +209,7 @@ class _Side(NamedTuple):
 def _blocks(name: str, dtype: torch.dtype) -> dict[str, int]:
     """64×64 tiles hold both products in 64 registers a thread; float64 halves the sides."""
     side = 32 if dtype == torch.float64 else 64
-    default = {"BM": side, "BN": side, "BK": 32, "num_warps": 4, "num_stages": 2}
+    default = {"BM": side, "BN": side, "BK": 16, "num_warps": 4, "num_stages": 2}
     return config(
         name, default, [{**default, "BM": m, "BN": n, "num_warps": w} for m, n in ((64, 128), (128, 64), (128, 128)) for w in (4, 8)]
     )
