@@ -183,9 +183,11 @@ class _Maps:
     def blocks(self, length: int) -> dict[str, int]:
         """64 own positions against a line of up to 128, whose weights then stay in registers; float64 halves both."""
         half = 2 if self.kind == torch.float64 else 1
-        default = {"BM": power_of_2(length, most=64 // half), "BN": power_of_2(length, most=128 // half), "BC": 32}
-        default["num_warps"] = max(1, default["BM"] * default["BN"] // 1024)
-        return config(f"criss_cross/l{power_of_2(length)}", default, [{**default, "num_warps": w} for w in (2, 4, 8)])
+        default = {"BM": power_of_2(length, most=64 // half), "BN": power_of_2(length, most=128 // half)}
+        default |= {"BC": 32 if self.query.element_size() == 2 else 16, "num_warps": max(1, default["BM"] * default["BN"] // 1024)}
+        return config(
+            f"criss_cross/l{power_of_2(length)}b{self.query.element_size()}", default, [{**default, "num_warps": w} for w in (2, 4, 8)]
+        )
 
     def statistics(self) -> Tensor:
         last = None

@@ -174,10 +174,13 @@ def _pool_gradient(visual_ptr, text_ptr, scale_ptr, index_ptr, grad_ptr, out_ptr
             c = start + tl.arange(0, BC).to(tl.int64)
             v = tl.load(pixel + c * s_channel, mask=c < channels, other=0.0).to(kind)
             mixed = tl.zeros((BC,), kind)
-            for other in range(k, tl.where(first, classes, k)):
-                same = tl.load(index_ptr + image * classes + other) == own
-                weight = tl.where(same, tl.load(grad_ptr + image * classes + other).to(kind), 0.0)
-                mixed += weight * tl.load(text_ptr + other * channels + c, mask=same & (c < channels), other=0.0).to(kind)
+            for block in range(0, classes, BT):
+                row = block + tl.arange(0, BT).to(tl.int64)
+                at = image * classes + row
+                same = first & (row >= k) & (tl.load(index_ptr + at, mask=row < classes, other=-1) == own)
+                weight = tl.load(grad_ptr + at, mask=same, other=0.0).to(kind)
+                t = tl.load(text_ptr + row[:, None] * channels + c[None, :], mask=same[:, None] & (c < channels)[None, :], other=0.0)
+                mixed += tl.sum(weight[:, None] * t.to(kind), axis=0)
             if sweep == 0:
                 total += mixed * v
                 tl.store(vector_ptr + (image * classes + k) * channels + c, v * (g * scale * inverse), mask=c < channels)
@@ -193,7 +196,7 @@ def _blocks(name: str, classes: int, channels: int, dtype: torch.dtype) -> dict[
     rows, pixels = power_of_2(classes, most=64), 32 if dtype == torch.float64 else 64
     default = {"BT": rows, "BP": pixels, "BC": 32, "num_warps": 4, "num_stages": 2}
     other = [{**default, "BP": p, "num_warps": w} for p in (64, 128) for w in (2, 4, 8)]
-    return config(f"{name}/t{rows}c{power_of_2(channels)}", default, other)
+    return config(f"{name}/t{rows}c{power_of_2(channels)}b{dtype.itemsize}", default, other)
 
 
 def _flat(visual: Tensor) -> tuple[Tensor, tuple[int, int, int], int]:
@@ -256,5 +259,5 @@ def text_similarity_pool_bwd(visual, text, scale, index, grad, normalize: bool) 
     vector, slope = visual.new_empty(batch, classes, channels, dtype=kind), visual.new_empty(batch, classes, dtype=kind)
     launch("text_similarity_pool.triton.backward", _pool_gradient, (batch * classes,), visual, text.contiguous(), scale,
            index.contiguous(), grad.contiguous(), out, vector, slope, classes, channels, pixels, *strides, NORMALIZE=normalize,
-           BT=power_of_2(classes, most=64), BC=power_of_2(channels, most=256), num_warps=1)  # fmt: skip
+           BT=power_of_2(classes, most=32), BC=power_of_2(channels, most=128), num_warps=4)  # fmt: skip
     return out, vector.sum(0).to(text.dtype), slope.sum().to(scale.dtype)

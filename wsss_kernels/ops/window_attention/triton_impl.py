@@ -273,7 +273,7 @@ Maps = tuple[Tensor, ...]
 class _Call:
     """What the kernels of a call share: geometry, strides by role, block sizes."""
 
-    def __init__(self, queries: Maps, keys: Maps, values: Maps, bias: Tensor, heads: int, window, shift, scale: float):
+    def __init__(self, queries: Maps, keys: Maps, values: Maps, bias: Tensor, heads: int, window, shift, scale: float, backward: bool):
         like = queries[0]
         images, height, width, channels = like.shape
         rows, columns = triton.cdiv(height, window[0]), triton.cdiv(width, window[1])
@@ -285,14 +285,16 @@ class _Call:
         wide = like.dtype == torch.float64
         side = power_of_2(slots, most=64 if self.small or not wide else 32)
         self.blocks = triton.cdiv(slots, side)
-        default = {"BL": side, "BD": power_of_2(self.depth, most=32 if wide else 64), "num_warps": 1 if side == 16 else 8 if wide else 4}
-        other = [{**default, "num_warps": warps} for warps in (2, 4, 8)]
-        tall = torch.tensor(scale, dtype=torch.float32).item()
+        # A thread holds four tiles of weights in the backward pass, and the factors of a product of float32 besides.
+        warps = side * side // 1024 * (2 if backward else 1) * (2 if like.dtype in (torch.float32, torch.float64) else 1)
+        default = {"BL": side, "BD": power_of_2(self.depth, most=32 if wide else 64), "num_warps": max(1, warps)}
+        key = f"window_attention{'.backward' if backward else ''}/l{side}d{self.depth}b{like.element_size()}"
+        tall = torch.tensor(scale, dtype=torch.float32).item()  # on the host
         self.size = (height, width, rows, columns, *shift)
         self.common = (images, heads, self.depth, tall, scale - tall)
         self.strides = (*(maps[0].stride() for maps in self.roles), (height * width * channels, width * channels, channels, 1))
-        self.meta: dict[str, Any] = {"kind": tl.float64 if wide else tl.float32, "WY": window[0], "WX": window[1],
-                                     "PRECISION": precision(like.dtype), **config(f"window_attention/l{side}d{self.depth}", default, other)}  # fmt: skip
+        self.meta: dict[str, Any] = config(key, default, [{**default, "num_warps": warps} for warps in (2, 4, 8, 16)])
+        self.meta |= {"kind": tl.float64 if wide else tl.float32, "WY": window[0], "WX": window[1], "PRECISION": precision(like.dtype)}
 
     def forward(self, path: str) -> Maps:
         outs = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in self.roles[0])
@@ -355,22 +357,22 @@ def _pair(maps: Maps) -> Maps:
 
 
 def window_attention_fwd(query, key, value, bias, heads: int, window, shift, scale: float) -> Tensor:
-    return _Call((query,), (key,), (value,), bias, heads, window, shift, scale).forward("window_attention.triton")[0]
+    call = _Call((query,), (key,), (value,), bias, heads, window, shift, scale, False)
+    return call.forward("window_attention.triton")[0]
 
 
 def window_attention_bwd(query, key, value, bias, grad, heads: int, window, shift, scale: float) -> tuple[Tensor, ...]:
-    call = _Call((query,), (key,), (value,), bias, heads, window, shift, scale)
+    call = _Call((query,), (key,), (value,), bias, heads, window, shift, scale, True)
     *maps, table = call.backward("window_attention.triton.backward", (grad,))
     return *(of_role[0] for of_role in maps), table
 
 
 def exchange_attention_fwd(query_p, key_p, value_p, query_t, key_t, value_t, bias, heads: int, window, shift, scale: float) -> Maps:
-    return _Call((query_t, query_p), (key_p, key_t), (value_p, value_t), bias, heads, window, shift, scale).forward(
-        "window_attention.triton"
-    )
+    call = _Call((query_t, query_p), (key_p, key_t), (value_p, value_t), bias, heads, window, shift, scale, False)
+    return call.forward("window_attention.triton")
 
 
 def exchange_attention_bwd(query_p, key_p, value_p, query_t, key_t, value_t, bias, grad_p, grad_t, heads: int, window, shift, scale: float):
-    call = _Call((query_t, query_p), (key_p, key_t), (value_p, value_t), bias, heads, window, shift, scale)
+    call = _Call((query_t, query_p), (key_p, key_t), (value_p, value_t), bias, heads, window, shift, scale, True)
     queries, keys, values, table = call.backward("window_attention.triton.backward", (grad_p, grad_t))
     return queries[1], keys[0], values[0], queries[0], keys[1], values[1], table
