@@ -206,10 +206,10 @@ class _Side(NamedTuple):
     norm: Tensor
 
 
-def _blocks(name: str, dtype: torch.dtype) -> dict[str, int]:
-    """64×64 tiles hold both products in 64 registers a thread, 16 features a step their factors; float64 halves the sides."""
+def _blocks(name: str, dtype: torch.dtype, warps: int = 4) -> dict[str, int]:
+    """64×64 tiles, 16 features a step; float64 halves the sides. Eight warps where a tile of scores has several terms at once."""
     side = 32 if dtype == torch.float64 else 64
-    default = {"BM": side, "BN": side, "BK": 16, "num_warps": 4, "num_stages": 2}
+    default = {"BM": side, "BN": side, "BK": 16, "num_warps": warps, "num_stages": 2}
     return config(
         name, default, [{**default, "BM": m, "BN": n, "num_warps": w} for m, n in ((64, 128), (128, 64), (128, 128)) for w in (4, 8)]
     )
@@ -259,7 +259,7 @@ def uncertainty_fwd(sem_x, mu_x, sigma_x, sem_y, mu_y, sigma_y, constants: Tenso
 def uncertainty_infonce_fwd(sem_x, mu_x, sigma_x, sem_y, mu_y, sigma_y, constants: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     x, y = _sides((sem_x, mu_x, sigma_x), (sem_y, mu_y, sigma_y))
     count, tau = len(mu_x), constants[3].to(x.rows.dtype)
-    meta = _blocks("uncertainty_info_nce", x.rows.dtype)
+    meta = _blocks("uncertainty_info_nce", x.rows.dtype, 8)
     # Up to 64 groups of rows × enough shares of the columns for two programs on each multiprocessor of an H100.
     groups = max(1, min(64, triton.cdiv(count, meta["BM"])))
     span = meta["BN"] * max(1, triton.cdiv(triton.cdiv(count, meta["BN"]), max(1, 264 // groups)))
@@ -304,7 +304,7 @@ def _gradients(path: str, tensors, constants: Tensor, given: Tensor | None, stat
     (rows, depth), columns, semantic = x.rows.shape, len(y.rows), x.semantic.shape[1]
     # A strip's weights take no more than a few copies of the inputs, and no less than what fills a GPU.
     strip = rows if kept is not None else max(256, min(1024, (depth + semantic) // 64 * 64))
-    meta = _blocks(path, x.rows.dtype)
+    meta = _blocks(path, x.rows.dtype, 8)
     alpha, beta = (x.rows.new_empty(min(strip, rows), columns) for _ in range(2))
     out = [[torch.zeros_like(t) for t in (side.rows, side.square, side.semantic, side.norm)] for side in (x, y)]
     sums = constants.new_zeros(4)

@@ -283,7 +283,7 @@ class _Call:
         slots = window[0] * window[1]
         self.slots, self.small = slots, slots <= 64
         wide = like.dtype == torch.float64
-        side = power_of_2(slots, most=64 if self.small or not wide else 32)
+        side = power_of_2(slots, most=64 if self.small or like.element_size() == 2 else 32)
         self.blocks = triton.cdiv(slots, side)
         # A thread holds four tiles of weights in the backward pass, and the factors of a product of float32 besides.
         warps = side * side // 1024 * (2 if backward else 1) * (2 if like.dtype in (torch.float32, torch.float64) else 1)
