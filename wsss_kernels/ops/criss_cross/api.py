@@ -10,15 +10,22 @@ from ... import _args
 from ..._dispatch import Backend, Operator, apply
 from . import reference
 
-CRISS_CROSS_OP = Operator("criss_cross_attention", backends=(Backend("cpu"),))
+CRISS_CROSS_OP = Operator("criss_cross_attention", backends=(Backend("triton"), Backend("cpu")))
 
 _fwd = CRISS_CROSS_OP.raw_op(
     "criss_cross_fwd(Tensor query, Tensor key, Tensor value) -> (Tensor, Tensor)",
     lambda query, key, value: (value.new_empty(value.shape), query.new_empty(query.shape[0], 2, *query.shape[2:])),
+    triton=f"{__package__}.triton_impl",
+    triton_fake=lambda query, key, value: (
+        torch.empty_like(value),
+        query.new_empty((query.shape[0], 2, *query.shape[2:]), dtype=_args.accumulator(query.dtype)),
+    ),
 )
 _bwd = CRISS_CROSS_OP.raw_op(
     "criss_cross_bwd(Tensor query, Tensor key, Tensor value, Tensor result, Tensor statistics, Tensor grad) -> (Tensor, Tensor, Tensor)",
     lambda query, key, value, *rest: tuple(t.new_empty(t.shape) for t in (query, key, value)),
+    triton=f"{__package__}.triton_impl",
+    triton_fake=lambda *maps: tuple(torch.empty_like(t) for t in maps[:3]),
 )
 
 
@@ -42,7 +49,7 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor, *, backend:
     Args:
         query, key: `Tensor[B, C', H, W]`, any floating type.
         value: `Tensor[B, C, H, W]`, same dtype and device.
-        backend: `"cpu"`, `"reference"`, or `None` to choose.
+        backend: `"triton"`, `"cpu"`, `"reference"`, or `None` to choose.
 
     Returns:
         `Tensor[B, C, H, W]` in the dtype of `query`, accumulated in float32 or better.

@@ -18,18 +18,23 @@ def _inputs(batch: int, keys: int, values: int, height: int, width: int) -> tupl
 def samples() -> list[Sample]:
     def sample(note: str, *size: int, scale: float = 1.0, **options) -> Sample:
         query, *rest = _inputs(*size)
-        return Sample(note, (scale * query, *rest), small=size[0] * size[2] * size[3] * size[4] <= 900, **options)
+        batch, _, channels, height, width = size
+        lines = batch * (height + width if height > 1 else 1)
+        return Sample(note, (scale * query, *rest), small=lines <= 16 and batch * channels * height * width <= 900, **options)
 
     return [
-        sample("typical", 2, 2, 5, 6, 7),
+        sample("typical", 2, 2, 5, 3, 4),
         sample("CCNet's eighth", 1, 4, 32, 9, 13),
         sample("prime sizes", 1, 3, 11, 17, 19),
         sample("one row", 2, 3, 4, 1, 23),
         sample("one column", 2, 3, 4, 23, 1),
+        sample("a short column", 1, 2, 3, 4, 1),
         sample("1×1", 2, 2, 3, 1, 1),
         sample("two columns", 1, 2, 3, 5, 2),
         sample("wider than the registers of a panel", 1, 2, 3, 4, 67),
         sample("deeper than a block of channels", 1, 37, 41, 5, 6),
+        sample("more channels than a tile", 1, 37, 70, 2, 3),
+        sample("a line of several blocks", 1, 2, 3, 1, 133),
         sample("rows beyond a packed panel", 1, 2, 3, 3, 269),
         sample("large logits", 1, 4, 3, 5, 6, scale=32.0),
         sample("no key channel", 1, 0, 3, 4, 5),
@@ -110,7 +115,10 @@ SPECS = (
         gradients=("query", "key", "value"),
         invariants=(weights_sum_to_one, full_attention_restricted_to_the_cross, off_the_cross_nothing_matters, transposed_map),
         malformed=malformed,
-        paths={"cpu": ("criss_cross.fwd", "criss_cross.bwd")},
+        paths={
+            "cpu": ("criss_cross.fwd", "criss_cross.bwd"),
+            "triton": tuple(f"criss_cross.triton{end}" for end in ("", ".long", ".statistics", ".inner", ".backward", ".backward.long")),
+        },
         cases=(
             _case(256, 64, target=2.0),
             _case(256, 64, backward=True),

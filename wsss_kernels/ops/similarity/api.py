@@ -10,8 +10,10 @@ from ... import _args
 from ..._dispatch import Backend, Operator, apply
 from . import reference
 
-SIMILARITY_OP = Operator("text_similarity", backends=(Backend("cpu"),))
-POOL_OP = Operator("text_similarity_pool", backends=(Backend("cpu"),))
+SIMILARITY_OP = Operator("text_similarity", backends=(Backend("triton"), Backend("cpu")))
+POOL_OP = Operator("text_similarity_pool", backends=(Backend("triton"), Backend("cpu")))
+
+_TRITON = f"{__package__}.triton_impl"
 
 
 def _like(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -26,18 +28,21 @@ def _pooled(visual: Tensor, text: Tensor, *rest) -> tuple[Tensor, Tensor]:
 _fwd = SIMILARITY_OP.raw_op(
     "text_similarity_fwd(Tensor visual, Tensor text, Tensor scale, bool normalize) -> Tensor",
     lambda visual, text, *rest: visual.new_empty(visual.shape[0], text.shape[0], *visual.shape[2:]),
+    triton=_TRITON,
 )
 _bwd = SIMILARITY_OP.raw_op(
     "text_similarity_bwd(Tensor visual, Tensor text, Tensor scale, Tensor grad, bool normalize) -> (Tensor, Tensor, Tensor)",
     lambda visual, text, scale, *rest: _like(visual, text, scale),
+    triton=_TRITON,
 )
 _pool_fwd = POOL_OP.raw_op(
-    "text_similarity_pool_fwd(Tensor visual, Tensor text, Tensor scale, bool normalize) -> (Tensor, Tensor)", _pooled
+    "text_similarity_pool_fwd(Tensor visual, Tensor text, Tensor scale, bool normalize) -> (Tensor, Tensor)", _pooled, triton=_TRITON
 )
 _pool_bwd = POOL_OP.raw_op(
     "text_similarity_pool_bwd(Tensor visual, Tensor text, Tensor scale, Tensor index, Tensor grad, bool normalize) -> "
     "(Tensor, Tensor, Tensor)",
     lambda visual, text, scale, *rest: _like(visual, text, scale),
+    triton=_TRITON,
 )
 
 
@@ -85,7 +90,7 @@ def _run(op: Operator, function, plain, visual, text, scale, normalize: bool, ba
     if chosen == "reference":
         return plain(*tensors[:2], tensors[2] if learned else scale, normalize_visual=bool(normalize))
     wide = _args.widen(chosen, *tensors)
-    factor = wide[2] if learned else wide[0].new_full((), scale)
+    factor = wide[2] if learned else wide[0].new_full((), scale, dtype=_args.accumulator(wide[0].dtype))
     return _args.rounded(apply(function, *wide[:2], factor, chosen, bool(normalize)), tensors[0].dtype)
 
 
@@ -99,7 +104,7 @@ def text_similarity(
         text: `Tensor[K, C]`, same dtype and device; taken as it is (normalise it before for a cosine).
         scale: a finite number, or a `Tensor[]` without dimensions, which then has a gradient.
         normalize_visual: divide each pixel's vector by its length; zero vectors give 0.
-        backend: `"cpu"`, `"reference"`, or `None` to choose.
+        backend: `"triton"`, `"cpu"`, `"reference"`, or `None` to choose.
 
     Returns:
         `Tensor[B, K, h, w]` in the dtype of `visual`, accumulated in float32 or better.
@@ -123,7 +128,7 @@ def text_similarity_pool(
         text: `Tensor[K, C]`, same dtype and device.
         scale: as in `text_similarity`; a negative one makes the least similar pixel the maximum.
         normalize_visual: as in `text_similarity`.
-        backend: `"cpu"`, `"reference"`, or `None` to choose.
+        backend: `"triton"`, `"cpu"`, `"reference"`, or `None` to choose.
 
     Returns:
         `Tensor[B, K]` in the dtype of `visual`, accumulated in float32 or better.

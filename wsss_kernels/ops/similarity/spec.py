@@ -119,7 +119,10 @@ SPECS = (
         reference=reference.text_similarity,
         samples=samples,
         invariants=(length_of_the_visual_vectors_does_not_matter, bounded_by_the_length_of_the_text),
-        paths={"cpu": ("text_similarity.fwd", "text_similarity.bwd")},
+        paths={
+            "cpu": ("text_similarity.fwd", "text_similarity.bwd"),
+            "triton": ("text_similarity.triton", "text_similarity.triton.backward", "text_similarity.triton.text"),
+        },
         cases=(_case(8, 320, 32, 3), _case(4, 512, 32, 80)),
         baselines=("eager",),
         bytes_moved=lambda visual, text, *rest, **_: 4.0 * (visual.numel() + visual.numel() // max(1, text.shape[1]) * text.shape[0]),
@@ -132,7 +135,10 @@ SPECS = (
         reference=reference.text_similarity_pool,
         samples=pool_samples,
         invariants=(length_of_the_visual_vectors_does_not_matter, bounded_by_the_length_of_the_text, pool_is_the_maximum),
-        paths={"cpu": ("text_similarity_pool.fwd", "text_similarity_pool.bwd")},
+        paths={
+            "cpu": ("text_similarity_pool.fwd", "text_similarity_pool.bwd"),
+            "triton": ("text_similarity_pool.triton", "text_similarity_pool.triton.backward"),
+        },
         cases=(
             _case(8, 320, 32, 3, target=1.0),
             _case(8, 320, 32, 3, backward=False, target=1.0),

@@ -10,10 +10,11 @@ from ... import _args
 from ..._dispatch import Backend, Operator, apply
 from . import reference
 
-WASSERSTEIN_OP = Operator("wasserstein2", backends=(Backend("cpu"),))
-SIMILARITY_OP = Operator("uncertainty_similarity", backends=(Backend("cpu"),))
-LOSS_OP = Operator("uncertainty_info_nce", backends=(Backend("cpu"),))
+WASSERSTEIN_OP = Operator("wasserstein2", backends=(Backend("triton"), Backend("cpu")))
+SIMILARITY_OP = Operator("uncertainty_similarity", backends=(Backend("triton"), Backend("cpu")))
+LOSS_OP = Operator("uncertainty_info_nce", backends=(Backend("triton"), Backend("cpu")))
 
+_TRITON = f"{__package__}.triton_impl"
 _GAUSSIANS = "Tensor mu_x, Tensor sigma_x, Tensor mu_y, Tensor sigma_y"
 _ALL = "Tensor sem_x, Tensor mu_x, Tensor sigma_x, Tensor sem_y, Tensor mu_y, Tensor sigma_y, Tensor constants"
 _SEVEN = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
@@ -25,26 +26,35 @@ def _like(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 _distance_fwd = WASSERSTEIN_OP.raw_op(
-    f"wasserstein_fwd({_GAUSSIANS}) -> Tensor", lambda mu_x, sigma_x, mu_y, sigma_y: mu_x.new_empty((mu_x.shape[0], mu_y.shape[0]))
+    f"wasserstein_fwd({_GAUSSIANS}) -> Tensor",
+    lambda mu_x, _, mu_y, *rest: mu_x.new_empty((mu_x.shape[0], mu_y.shape[0]), dtype=_args.accumulator(mu_x.dtype)),
+    triton=_TRITON,
 )
 _distance_bwd = WASSERSTEIN_OP.raw_op(
-    f"wasserstein_bwd({_GAUSSIANS}, Tensor grad) -> (Tensor, Tensor, Tensor, Tensor)", lambda *tensors: _like(*tensors[:4])
+    f"wasserstein_bwd({_GAUSSIANS}, Tensor grad) -> (Tensor, Tensor, Tensor, Tensor)", lambda *tensors: _like(*tensors[:4]), triton=_TRITON
 )
 _similarity_fwd = SIMILARITY_OP.raw_op(
-    f"uncertainty_fwd({_ALL}) -> Tensor", lambda *tensors: tensors[1].new_empty((tensors[1].shape[0], tensors[4].shape[0]))
+    f"uncertainty_fwd({_ALL}) -> Tensor",
+    lambda *tensors: tensors[1].new_empty((tensors[1].shape[0], tensors[4].shape[0])),
+    triton=_TRITON,
 )
-_similarity_bwd = SIMILARITY_OP.raw_op(f"uncertainty_bwd({_ALL}, Tensor grad) -> {_SEVEN}", lambda *tensors: _like(*tensors[:7]))
+_similarity_bwd = SIMILARITY_OP.raw_op(
+    f"uncertainty_bwd({_ALL}, Tensor grad) -> {_SEVEN}", lambda *tensors: _like(*tensors[:7]), triton=_TRITON
+)
 
 
 def _fake_loss(*arguments):
     mu, keep = arguments[1], arguments[7]
-    rows = mu.shape[0]
-    return mu.new_empty(()), mu.new_empty((4, rows)), mu.new_empty((2, rows, rows) if keep else (0,))
+    rows, kind = mu.shape[0], _args.accumulator(mu.dtype)
+    shapes = ((), (4, rows), (2, rows, rows) if keep else (0,))
+    return tuple(mu.new_empty(shape, dtype=kind) for shape in shapes)
 
 
-_loss_fwd = LOSS_OP.raw_op(f"uncertainty_infonce_fwd({_ALL}, bool keep) -> (Tensor, Tensor, Tensor)", _fake_loss)
+_loss_fwd = LOSS_OP.raw_op(f"uncertainty_infonce_fwd({_ALL}, bool keep) -> (Tensor, Tensor, Tensor)", _fake_loss, triton=_TRITON)
 _loss_bwd = LOSS_OP.raw_op(
-    f"uncertainty_infonce_bwd({_ALL}, Tensor stats, Tensor kept, Tensor grad) -> {_SEVEN}", lambda *tensors: _like(*tensors[:7])
+    f"uncertainty_infonce_bwd({_ALL}, Tensor stats, Tensor kept, Tensor grad) -> {_SEVEN}",
+    lambda *tensors: _like(*tensors[:7]),
+    triton=_TRITON,
 )
 
 
@@ -107,7 +117,7 @@ def wasserstein2(mu_x: Tensor, sigma_x: Tensor, mu_y: Tensor, sigma_y: Tensor, *
     Args:
         mu_x, sigma_x: `Tensor[N, d]`, any floating type: means and standard deviations.
         mu_y, sigma_y: `Tensor[M, d]`, same dtype and device.
-        backend: `"cpu"`, `"reference"`, or `None` to choose.
+        backend: `"triton"`, `"cpu"`, `"reference"`, or `None` to choose.
 
     Returns:
         `Tensor[N, M]` in the dtype of `mu_x`, float32 for half-precision input; never negative, exactly 0 for equal Gaussians.
@@ -150,7 +160,7 @@ def uncertainty_similarity(
         mu_x, sigma_x: `Tensor[N, d]`, same dtype and device.
         mu_y, sigma_y: `Tensor[M, d]`.
         a, b, lam: finite numbers or 0-d tensors of the same dtype.
-        backend: `"cpu"`, `"reference"`, or `None` to choose.
+        backend: `"triton"`, `"cpu"`, `"reference"`, or `None` to choose.
 
     Returns:
         `Tensor[N, M]` in the dtype of `sem_x`.
@@ -195,7 +205,7 @@ def uncertainty_info_nce(
         mu_x, sigma_x, mu_y, sigma_y: `Tensor[N, d]`, same dtype and device.
         temperature: a positive number, or a 0-d tensor of the same dtype (its value is not checked).
         a, b, lam: finite numbers or 0-d tensors of the same dtype.
-        backend: `"cpu"`, `"reference"`, or `None` to choose.
+        backend: `"triton"`, `"cpu"`, `"reference"`, or `None` to choose.
 
     Returns:
         0-d tensor in the dtype of `sem_x`, float32 for half-precision input. 0 if N = 0.

@@ -240,7 +240,10 @@ SPECS = (
             offset_does_not_matter,
         ),
         malformed=distance_malformed,
-        paths={"cpu": ("wasserstein.distance",)},
+        paths={
+            "cpu": ("wasserstein.distance",),
+            "triton": ("wasserstein.triton", "wasserstein.triton.squares", "wasserstein.triton.backward"),
+        },
         cases=(Case("n256_d512", lambda: (_inputs(256, 512)[:4], {})),),
         baselines=("distance_eager", "distance_product"),
         flops=lambda mu_x, sigma_x, mu_y, sigma_y: 4.0 * mu_x.numel() * mu_y.shape[0],
@@ -256,7 +259,10 @@ SPECS = (
         gradients=(*_SIX, "a", "b", "lam"),
         invariants=(similarity_of_near_rows_is_one, similarity_without_uncertainty_is_the_cosine),
         malformed=similarity_malformed,
-        paths={"cpu": ("wasserstein.similarity",)},
+        paths={
+            "cpu": ("wasserstein.similarity",),
+            "triton": ("uncertainty.triton", "uncertainty.triton.backward", "uncertainty.triton.backward.gather"),
+        },
         cases=(Case("n256_d512", lambda: (_inputs(256, 512), {}), backward=True),),
         baselines=("similarity_eager", "similarity_product"),
         flops=lambda sem_x, mu_x, *_, **__: 2.0 * (2 * mu_x.numel() + sem_x.numel()) * _[1].shape[0],
@@ -273,7 +279,14 @@ SPECS = (
         float32_outputs=(0,),
         invariants=(loss_is_the_cross_entropy_of_the_similarity,),
         malformed=loss_malformed,
-        paths={"cpu": ("wasserstein.loss",)},
+        paths={
+            "cpu": ("wasserstein.loss",),
+            "triton": (
+                "uncertainty_info_nce.triton",
+                "uncertainty_info_nce.triton.backward",
+                "uncertainty_info_nce.triton.backward.gather",
+            ),
+        },
         cases=(
             _loss_case(256, 512, 100.0, ("eager", "matrix_product")),
             _loss_case(1024, 512, 2.0, ("matrix_product",)),

@@ -19,9 +19,10 @@ def _note(*, window_size=None, **_) -> str | None:
     return "window_size=None: every backend but the reference is PyTorch's scaled_dot_product_attention" if window_size is None else None
 
 
-WINDOW_OP = Operator("window_attention", backends=(Backend("cpu"),), note=_note)
-EXCHANGE_OP = Operator("exchange_attention", backends=(Backend("cpu"),), note=_note)
+WINDOW_OP = Operator("window_attention", backends=(Backend("triton"), Backend("cpu")), note=_note)
+EXCHANGE_OP = Operator("exchange_attention", backends=(Backend("triton"), Backend("cpu")), note=_note)
 
+_TRITON = f"{__package__}.triton_impl"
 _MAPS = "Tensor query_p, Tensor key_p, Tensor value_p, Tensor query_t, Tensor key_t, Tensor value_t"
 _OPTIONS = "int heads, int[] window, int[] shift, float scale"
 
@@ -33,18 +34,23 @@ def _like(*tensors: Tensor) -> tuple[Tensor, ...]:
 _fwd = WINDOW_OP.raw_op(
     f"window_attention_fwd(Tensor query, Tensor key, Tensor value, Tensor bias, {_OPTIONS}) -> Tensor",
     lambda query, *rest: query.new_empty(query.shape),
+    triton=_TRITON,
 )
 _bwd = WINDOW_OP.raw_op(
     f"window_attention_bwd(Tensor query, Tensor key, Tensor value, Tensor bias, Tensor grad, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
     lambda query, key, value, bias, *rest: _like(query, key, value, bias),
+    triton=_TRITON,
 )
 _exchange_fwd = EXCHANGE_OP.raw_op(
-    f"exchange_attention_fwd({_MAPS}, Tensor bias, {_OPTIONS}) -> (Tensor, Tensor)", lambda query, *rest: _like(query, query)
+    f"exchange_attention_fwd({_MAPS}, Tensor bias, {_OPTIONS}) -> (Tensor, Tensor)",
+    lambda query, *rest: _like(query, query),
+    triton=_TRITON,
 )
 _exchange_bwd = EXCHANGE_OP.raw_op(
     f"exchange_attention_bwd({_MAPS}, Tensor bias, Tensor grad_p, Tensor grad_t, {_OPTIONS}) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     lambda *args: _like(*args[:7]),
+    triton=_TRITON,
 )
 
 
@@ -148,7 +154,7 @@ def window_attention(
         bias: `Tensor[(2·height − 1)·(2·width − 1), num_heads]`, the relative-position table: the row for query minus key offset
             (dy, dx) is (dy + height − 1)·(2·width − 1) + dx + width − 1.
         scale: factor of the logits; `None` is 1/√(C / num_heads).
-        backend: `"cpu"`, `"reference"`, or `None` to choose. Global attention is PyTorch's own on every backend but the
+        backend: `"triton"`, `"cpu"`, `"reference"`, or `None` to choose. Global attention is PyTorch's own on every backend but the
             reference.
 
     Returns:

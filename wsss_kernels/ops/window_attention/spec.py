@@ -36,6 +36,7 @@ def samples() -> list[Sample]:
         sample("80 channels per head", (1, 8, 8, 160), 2, 8),
         sample("more windows than parts", (3, 11, 13, 3), 1, 2, 1, biased=True),
         sample("windows of one pixel", (1, 3, 4, 4), 2, 1, biased=True),
+        sample("more than 64 tokens", (1, 9, 7, 4), 2, 9, 4, biased=True),
         sample("one row", (1, 1, 9, 4), 2, 4, 1),
         sample("1×1", (2, 1, 1, 4), 2, 3, 1, biased=True),
         sample("other scale", (1, 4, 4, 4), 2, 2, scale=0.25),
@@ -173,7 +174,12 @@ def _peak(query, key, value, *, num_heads, window_size=None, bias=None, **_) -> 
     return 4 * (num_heads * slots * stride + torch.get_num_threads() * (6 * stride * depth + (slots + 2) * stride + 3 * slots))
 
 
-_SHARED = {"paper": "M0 Eq. 3; M2 Eq. 2; Swin, ICCV 2021", "paths": {"cpu": ("window_attention.fwd", "window_attention.bwd")}}
+_TRITON = [f"window_attention.triton{end}" for end in ("", ".statistics", ".large", ".backward")]
+_TRITON += [f"window_attention.triton.backward.{end}" for end in ("statistics", "large", "bias", "table")]
+_SHARED = {
+    "paper": "M0 Eq. 3; M2 Eq. 2; Swin, ICCV 2021",
+    "paths": {"cpu": ("window_attention.fwd", "window_attention.bwd"), "triton": tuple(_TRITON)},
+}
 
 SPECS = (
     OpSpec(
