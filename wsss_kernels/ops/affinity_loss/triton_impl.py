@@ -121,7 +121,7 @@ def _backward(out_ptr, feature, per_image, per_channel, per_token, label_ptr, co
 def _blocks(name: str, channels: int, dtype: torch.dtype) -> dict[str, int]:
     """64×64 tiles: 4096 cells make 2080 of them on and above the diagonal. float64 halves the sides for its registers."""
     side = 32 if dtype == torch.float64 else 64
-    default = {"BM": side, "BK": 64 if dtype.itemsize == 2 else 32, "num_warps": 4, "num_stages": 2}
+    default = {"BM": side, "BK": 64 if dtype.itemsize == 2 else 16, "num_warps": 4, "num_stages": 2}
     other = [{**default, "BM": bm, "num_warps": w, "num_stages": s} for bm, w, s in ((64, 4, 3), (64, 8, 3), (128, 8, 3))]
     if name == "affinity_loss.backward":
         # Tiles are made once per 128 channels: wider sums need more registers than a thread has.

@@ -161,7 +161,7 @@ class Matrix:
     def blocks(self) -> dict[str, int]:
         """16 rows a program, so that even 784 tokens occupy 49 multiprocessors; tiles that are recomputed are square."""
         if self.tile is not stored_tile:
-            return {"BM": self.side, "BN": self.side, "num_warps": 4}
+            return {"BM": self.side, "BN": self.side, "num_warps": 8}
         default = {"BM": 16, "BN": self.side, "num_warps": 4, "num_stages": 3}
         other = [{**default, "BM": bm, "num_warps": w} for bm, w in ((16, 2), (32, 4), (64, 4), (64, 8))]
         return config(f"matrix_pass/n{power_of_2(self.n)}", default, other)
