@@ -143,7 +143,7 @@ __device__ double move_centroids(const Sums& from, A* centroid, const Shape& s) 
 
 // A set of points in one block, from the first centroids to the labels.
 template <class T, class A>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     lloyd_block(const T* x, const T* start, int64_t* label, T* centroid, Shape s, int64_t iterations, double tol) {
   WSSS_DYNAMIC_SHARED(unsigned char, shared);
   const Workspace<A> work(shared, s);
@@ -182,7 +182,7 @@ __device__ const A* centroids_of(const Workspace<A>& work, const A* centre, cons
 
 // One iteration of a share: the sums of its clusters.
 template <class T, class A>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     lloyd_share(const T* x, const A* centre, int64_t* label, double* sums, int* counts, const int* moving, Shape s) {
   WSSS_DYNAMIC_SHARED(unsigned char, shared);
   const int64_t set = blockIdx.x / s.shares, begin = blockIdx.x % s.shares * s.share;
@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class A>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     lloyd_move(double* sums, int* counts, A* centre, int* moving, Shape s, double tol) {
   const int64_t set = blockIdx.x;
   if (!moving[set]) return;
@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T, class A>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     lloyd_finish(const T* x, const A* centre, int64_t* label, T* centroid, Shape s) {
   WSSS_DYNAMIC_SHARED(unsigned char, shared);
   const int64_t set = blockIdx.x / s.shares, begin = blockIdx.x % s.shares * s.share;
