@@ -24,7 +24,7 @@ def _note(**call) -> str:
     return f"{'streaming: tiles of the refining map are recomputed in every pass' if streams else 'stored: the refining map is computed once'} ({reason})"
 
 
-WALK_OP = Operator("random_walk", backends=(Backend("cpu"),))
+WALK_OP = Operator("random_walk", backends=(Backend("cuda"), Backend("cpu")))
 AFFINITY_WALK_OP = Operator("affinity_random_walk", backends=(Backend("cpu"),), note=_note)
 
 
@@ -149,7 +149,7 @@ def random_walk(
         sinkhorn_iter: rounds of Sinkhorn normalisation, ≥ 0.
         power: steps of the walk, ≥ 0; 0 returns `mask ⊙ cam`.
         mask_side: `"source"` masks before the walk (M4: the mask is 1×hw and cuts columns), `"target"` after it.
-        backend: `"cpu"`, `"reference"`, or `None` to choose.
+        backend: `"cuda"`, `"cpu"`, `"reference"`, or `None` to choose.
 
     Returns:
         A tensor of the shape of `cam`, in the dtype of `affinity`; float32 under autocast.

@@ -40,6 +40,7 @@ def walk_samples() -> list[Sample]:
         Sample("no batch", (positive(12, 12), rand(3, 3, 4, seed=1), mask(3, 3, 4))),
         _walk("empty row and column (kink)", 1, 3, 3, 5, change=with_empty, gradcheck=False),
         _walk("nothing but zeros (kink)", 1, 2, 2, 3, change=torch.zeros_like, gradcheck=False),
+        Sample("more tokens than a block takes", (positive(1, 131, 131), rand(1, 5, 1, 131, seed=1)), {"sinkhorn_iter": 2, "power": 2}),
         _walk("several chunks of rows, prime", 1, 5, 1, 211),
         _walk("two images of several chunks", 2, 7, 13, 17),
     ]
@@ -194,7 +195,10 @@ SPECS = (
         autocast="fp32",
         invariants=(mass_is_kept, linear_in_the_cam, steps_compose, order_of_tokens_does_not_matter, an_identity_leaves_the_cam),
         malformed=walk_malformed,
-        paths={"cpu": ("random_walk.forward", "random_walk.forward.small", "random_walk.backward")},
+        paths={
+            "cpu": ("random_walk.forward", "random_walk.forward.small", "random_walk.backward"),
+            "cuda": tuple(f"random_walk.cuda.{path}.{way}" for path in ("block", "launches") for way in ("fwd", "bwd")),
+        },
         cases=(
             _case(784, 5, (28, 28), 8.0),
             _case(2048, 5, (32, 64), 15.0),

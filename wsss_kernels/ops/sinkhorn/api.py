@@ -12,8 +12,8 @@ from ... import _args
 from ..._dispatch import Backend, Operator
 from . import reference
 
-SINKHORN_OP = Operator("sinkhorn", backends=(Backend("cpu"),))
-SCALING_OP = Operator("sinkhorn_scaling", backends=(Backend("cpu"),))
+SINKHORN_OP = Operator("sinkhorn", backends=(Backend("cuda"), Backend("cpu")))
+SCALING_OP = Operator("sinkhorn_scaling", backends=(Backend("cuda"), Backend("cpu")))
 
 
 def _fake_fwd(matrix, num_iter, write):
@@ -57,7 +57,7 @@ def sinkhorn(matrix: Tensor, num_iter: int = 3, *, backend: str | None = None) -
     Args:
         matrix: `Tensor[..., N, N]`, any floating type. Entries must be ≥ 0: not checked, since a check would stop a GPU.
         num_iter: number of rounds, ≥ 0.
-        backend: `"cpu"`, `"reference"`, or `None` to choose.
+        backend: `"cuda"`, `"cpu"`, `"reference"`, or `None` to choose.
 
     Returns:
         `Tensor[..., N, N]` in the dtype of `matrix` (float32 under autocast), whose rows sum to 1 and columns nearly so.
@@ -84,7 +84,7 @@ def sinkhorn_scaling(matrix: Tensor, num_iter: int = 3, *, backend: str | None =
     Args:
         matrix: `Tensor[..., N, N]`, any floating type, entries ≥ 0 (not checked).
         num_iter: number of rounds, ≥ 0.
-        backend: `"cpu"`, `"reference"`, or `None` to choose.
+        backend: `"cuda"`, `"cpu"`, `"reference"`, or `None` to choose.
 
     Returns:
         Two `Tensor[..., N]`, in the dtype of `matrix`, float32 for half types. Empty rows and columns have 0.
@@ -103,9 +103,10 @@ def sinkhorn_scaling(matrix: Tensor, num_iter: int = 3, *, backend: str | None =
     if chosen == "reference":
         return reference.sinkhorn_scaling(matrix, num_iter)
     (wide,) = _args.widen(chosen, matrix)
+    dtype = torch.promote_types(wide.dtype, torch.float32)
     if num_iter == 0:
-        ones = wide.new_ones(wide.shape[:-1])
+        ones = wide.new_ones(wide.shape[:-1], dtype=dtype)
         return ones, ones.clone()
     _, scales = _fwd[chosen](wide.reshape(math.prod(wide.shape[:-2]), *wide.shape[-2:]), num_iter, False)
-    row, col = scales[:, -1].to(wide.dtype, copy=True), scales[:, -2].to(wide.dtype, copy=True)
+    row, col = scales[:, -1].to(dtype, copy=True), scales[:, -2].to(dtype, copy=True)
     return row.reshape(matrix.shape[:-1]), col.reshape(matrix.shape[:-1])
