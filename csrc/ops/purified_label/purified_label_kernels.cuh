@@ -76,7 +76,7 @@ __device__ Seen join_seen(int64_t begin, int64_t end, const F& value) {
 
 // Loss and confidence of each pixel; −1 is the confidence of ignored ones. A label that is no class makes the loss NaN.
 template <class T, class A>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     find_losses(const T* logit, const int64_t* label, A* loss, A* confidence, Seen* seen, Shape s) {
   const Tile tile(s);
   const A nan = A(__uint_as_float(0x7fffffff));
@@ -103,7 +103,7 @@ __device__ __forceinline__ Seen seen_of_image(const Seen* seen, const Shape& s, 
 }
 
 template <class A>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     sum_tiles(const A* loss, const A* confidence, const Seen* seen, Sums* sums, Shape s) {
   const Tile tile(s);
   const A smallest = A(seen_of_image(seen, s, tile.image).smallest_loss);
@@ -129,7 +129,7 @@ __device__ double sum_of_tiles(const Sums* sums, const Shape& s, int64_t image, 
 
 // The factor of each pixel's loss in the result.
 template <class A>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     write_weights(const A* loss, const A* confidence, const Seen* seen, const Sums* sums, A* weight, Shape s) {
   const Tile tile(s);
   const Seen all = seen_of_image(seen, s, tile.image);
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // One block: the mean over the images, in their order.
 template <class A>
-__global__ void __launch_bounds__(kThreads) finish_loss(const Seen* seen, const Sums* sums, A* result, Shape s) {
+__global__ void __launch_bounds__(kThreads, 1) finish_loss(const Seen* seen, const Sums* sums, A* result, Shape s) {
   double total = 0;
   for (int64_t image = 0; image < s.batch; ++image) {
     const Seen all = seen_of_image(seen, s, image);
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kThreads) finish_loss(const Seen* seen, const 
 
 // dlogit = grad · weight · (softmax − one-hot).
 template <class T, class A>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     loss_gradient(const T* logit, const int64_t* label, const A* weight, const A* grad, T* to, Shape s) {
   const Tile tile(s);
   for_each(tile.begin, tile.end, [&](int64_t p) {
