@@ -135,14 +135,14 @@ __device__ void write_normalized(const T* cam, const Tile& tile, const Range<A>&
 }
 
 template <class T, class A>
-__global__ void __launch_bounds__(kThreads) normalize_block(const T* cam, T* to, int64_t pixels, A eps) {
+__global__ void __launch_bounds__(kThreads, 1) normalize_block(const T* cam, T* to, int64_t pixels, A eps) {
   const Tile tile(pixels, 1);
   cam += tile.map * pixels;
   write_normalized(cam, tile, Range<A>(extrema_of_map<T, A>(cam, tile), eps), to + tile.map * pixels);
 }
 
 template <class T, class A>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     normalize_grad_block(const T* grad, const T* cam, T* to, int64_t pixels, A eps) {
   const Tile tile(pixels, 1);
   cam += tile.map * pixels;
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kThreads)
 // --- In tiles.
 
 template <class T, class A>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     find_extrema(const T* cam, Extrema<A>* parts, int64_t pixels, int64_t tiles) {
   const Tile tile(pixels, tiles);
   const Extrema<A> found = extrema_of_map<T, A>(cam + tile.map * pixels, tile);
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T, class A>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     normalize_tile(const T* cam, const Extrema<A>* parts, T* to, int64_t pixels, int64_t tiles, A eps) {
   const Tile tile(pixels, tiles);
   const Range<A> range(extrema_of_tiles(parts, tile, tiles), eps);
@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T, class A>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     sum_tile(const T* grad, const T* cam, const Extrema<A>* parts, Sums* sums, int64_t pixels, int64_t tiles, A eps) {
   const Tile tile(pixels, tiles);
   const Range<A> range(extrema_of_tiles(parts, tile, tiles), eps);
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T, class A>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     normalize_grad_tile(const T* grad, const T* cam, const Extrema<A>* parts, const Sums* sums, T* to, int64_t pixels,
                         int64_t tiles, A eps) {
   const Tile tile(pixels, tiles);

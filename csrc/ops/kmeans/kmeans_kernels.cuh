@@ -105,8 +105,12 @@ __device__ void add_points(const T* x, const int64_t* label, int64_t begin, int6
           sizes[a] += own == a;
         }
       }
-      for (int a = 0; a < s.k; ++a) sum[a * s.depth] = few[a];
-      for (int a = 0; c == 0 && a < s.k; ++a) count[a] = sizes[a];
+      WSSS_UNROLL
+      for (int a = 0; a < kFew; ++a) {
+        if (a >= s.k) continue;
+        sum[a * s.depth] = few[a];
+        if (c == 0) count[a] = sizes[a];
+      }
       continue;
     }
     for (int64_t p = begin + group; p < end; p += to.groups) {
