@@ -1,6 +1,5 @@
-#include "wsss/tensor.h"
-
 #include "ops/box_mask/box_mask_math.h"
+#include "ops/box_mask/maps.h"
 
 namespace wsss {
 namespace box_mask {
@@ -8,23 +7,6 @@ namespace {
 
 #define WSSS_CPU_KERNELS "ops/box_mask/box_mask_cpu.inc"
 #include "wsss/cpu_kernels.h"
-
-// The maps of a tensor …×h×w, and how many of them are worth a thread of their own.
-struct Maps {
-  int64_t h, w, count, grain;
-
-  Maps(const char* op, const Tensor& t) {
-    const int64_t rank = t.dim();
-    WSSS_CHECK(rank >= 2, op, ": …×h×w expected, got ", rank, " dimensions");
-    h = t.size(rank - 2);
-    w = t.size(rank - 1);
-    WSSS_CHECK(h > 0 && w > 0, op, ": a map must not be empty, got ", h, "×", w);
-    WSSS_CHECK(h < (int64_t(1) << 31) && w < (int64_t(1) << 31) && h * w < int64_t(1) << 31, op,
-               ": a map must have fewer than 2^31 pixels, got ", h, "×", w);
-    count = t.numel() / (h * w);
-    grain = std::max<int64_t>(1, 65536 / (h * w));
-  }
-};
 
 Tensor box_mask_fwd(const Tensor& cam, double threshold, bool clip_border) {
   const Maps maps("box_mask", cam);

@@ -1,15 +1,10 @@
 // The resize and weighted sum of fuse_cams: arguments, interpolation tables, one thread per plane, registration.
+#include "ops/cam/fuse_math.h"
 #include "wsss/tensor.h"
 
 namespace wsss {
 namespace cam {
 namespace {
-
-// (1 - t) · low + t · high.
-struct Tap {
-  int32_t low, high;
-  double t;
-};
 
 // One map of a plane and how it is read.
 template <class T>
@@ -28,15 +23,9 @@ auto resize_sum(double) { return WSSS_CPU(resize_sum_f64); }
 auto resize_adjoint(float) { return WSSS_CPU(resize_adjoint_f32); }
 auto resize_adjoint(double) { return WSSS_CPU(resize_adjoint_f64); }
 
-// align_corners=True.
 std::vector<Tap> taps(int64_t from, int64_t to) {
   std::vector<Tap> all;
-  const double step = to > 1 ? double(from - 1) / double(to - 1) : 0.;
-  for (int64_t i = 0; i < to; ++i) {
-    const double at = step * double(i);
-    const int64_t low = std::min(int64_t(at), from - 1);
-    all.push_back({int32_t(low), int32_t(std::min(low + 1, from - 1)), at - double(low)});
-  }
+  for (int64_t i = 0; i < to; ++i) all.push_back(resize_tap(i, from, to));
   return all;
 }
 

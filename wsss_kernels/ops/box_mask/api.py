@@ -9,8 +9,8 @@ from ... import _args
 from ..._dispatch import Backend, Operator
 from . import reference
 
-BOX_MASK_OP = Operator("box_mask", backends=(Backend("cpu"),))
-COMPONENTS_OP = Operator("connected_components", backends=(Backend("cpu"),))
+BOX_MASK_OP = Operator("box_mask", backends=(Backend("cuda"), Backend("cpu")))
+COMPONENTS_OP = Operator("connected_components", backends=(Backend("cuda"), Backend("cpu")))
 
 _box_mask = BOX_MASK_OP.raw_op(
     "box_mask_fwd(Tensor cam, float threshold, bool clip_border) -> Tensor", lambda cam, *options: cam.new_empty(cam.shape)
@@ -41,7 +41,7 @@ def box_mask(cam: Tensor, threshold: float = 0.4, *, clip_border: bool = False, 
             nothing is foreground; below 0 every pixel is, as soon as `threshold · max v` reaches −1.
         clip_border: as released: box ends are cut to w − 1 and h − 1 and used as exclusive ends, so that the last row
             and the last column are never covered.
-        backend: `"cpu"`, `"reference"`, or `None` to choose.
+        backend: `"cuda"`, `"cpu"`, `"reference"`, or `None` to choose.
 
     Returns:
         `Tensor[…, h, w]` of 0 and 1 in the dtype of `cam`. Under autocast it has the autocast dtype, while the
@@ -71,7 +71,7 @@ def connected_components(mask: Tensor, *, connectivity: int = 8, backend: str | 
     Args:
         mask: `Tensor[…, h, w]` of any dtype; what is not 0 is foreground (NaN is not 0).
         connectivity: 8, or 4 (pixels that only touch at a corner are not connected).
-        backend: `"cpu"`, `"reference"`, or `None` to choose.
+        backend: `"cuda"`, `"cpu"`, `"reference"`, or `None` to choose.
 
     Returns:
         int32 `Tensor[…, h, w]`: 0 is background, 1…n are the map's components in the order of their first pixels, row by row.

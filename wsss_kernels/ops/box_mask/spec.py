@@ -78,6 +78,7 @@ def box_mask_samples() -> list[Sample]:
         sample("1×1", torch.tensor([1.0, 0.0, 0.001], dtype=torch.float64).bfloat16().double().view(3, 1, 1)),
         sample("one row", rand(2, 1, 37), 0.7),
         sample("one long row", rand(2, 1, 150), 0.7),
+        sample("a row of many words", rand(1, 531), 0.8, clip_border=True),
         sample("one column", rand(2, 67, 1), 0.7),
         sample("64 columns", rand(2, 6, 64), 0.8),
         sample("65 columns", rand(2, 6, 65), 0.8),
@@ -119,6 +120,7 @@ def components_samples() -> list[Sample]:
         sample("NaN and infinity are not 0", special()),
         sample("1×1", torch.tensor([1.0, 0.0], dtype=torch.float64).view(2, 1, 1)),
         sample("one row", rand(1, 200).sub(0.5).relu()),
+        sample("a row of many words", rand(1, 531).sub(0.3).relu(), 4),
         sample("one column", rand(67, 1).sub(0.5).relu(), 4),
         sample("empty batch", rand(0, 5, 6)),
         sample("zeros", torch.zeros(2, 5, 6, dtype=torch.float64)),
@@ -182,15 +184,20 @@ def _maps(cam: Tensor) -> tuple[int, int, int]:
 
 
 def _box_mask_peak(cam: Tensor, threshold: float = 0.4, **_) -> float:
-    """Per thread: the bit string; the cover of a narrow map; the runs and boxes of a wide one. See the README."""
+    """Per thread: the bit string; the cover of a narrow map; the runs and boxes of a wide one. On a GPU: labels and boxes of
+    the large maps that share a workspace. See the README."""
     threads, height, width = _maps(cam)
     pixels = height * width
+    if cam.is_cuda:
+        return 8.25 * min(cam.numel(), max(pixels, 1 << 22)) if pixels > 128**2 else 0.0
     return threads * (pixels / 8 + 8 * height if width <= 64 else 9.125 * pixels + 12 * height + 4 * width)
 
 
 def _components_peak(mask: Tensor, **_) -> float:
     threads, height, width = _maps(mask)
     copy = 0 if mask.dtype in (torch.bool, torch.uint8) else mask.numel()
+    if mask.is_cuda:
+        return copy + mask.numel() / 256
     return copy + threads * (6.125 * height * width + 4 * height)
 
 
@@ -213,7 +220,10 @@ SPECS = (
         outputs="exact",
         invariants=(follows_symmetries, covers_the_foreground),
         malformed=box_mask_malformed,
-        paths={"cpu": ("box_mask.narrow", "box_mask.wide")},
+        paths={
+            "cpu": ("box_mask.narrow", "box_mask.wide"),
+            "cuda": ("box_mask.cuda.warp", "box_mask.cuda.block", "box_mask.cuda.large"),
+        },
         cases=(
             _case("64_maps_28x28", (64, 28, 28), 0.0, 20.0),
             _case("64_maps_28x28_noisy", (64, 28, 28), 0.6, 20.0),
@@ -235,7 +245,10 @@ SPECS = (
         outputs="exact",
         invariants=(four_refines_eight,),
         malformed=components_malformed,
-        paths={"cpu": ("connected_components",)},
+        paths={
+            "cpu": ("connected_components",),
+            "cuda": ("connected_components.cuda.block", "connected_components.cuda.large"),
+        },
         cases=(
             _mask_case("64_maps_28x28", (64, 28, 28), 0.6),
             _mask_case("8_maps_512x512", (8, 512, 512), 0.0),

@@ -10,7 +10,7 @@ from ... import _args
 from ..._dispatch import Backend, Operator, apply
 from . import reference
 
-NORMALIZE_OP = Operator("normalize_cam", backends=(Backend("cpu"),))
+NORMALIZE_OP = Operator("normalize_cam", backends=(Backend("cuda"), Backend("cpu")))
 
 _normalize_fwd = NORMALIZE_OP.raw_op("normalize_cam_fwd(Tensor cam, float eps) -> Tensor", lambda cam, eps: cam.new_empty(cam.shape))
 _normalize_bwd = NORMALIZE_OP.raw_op(
@@ -43,7 +43,7 @@ def normalize_cam(cam: Tensor, *, eps: float = 1e-7, backend: str | None = None)
     Args:
         cam: `Tensor[…, h, w]`, any floating type, any range. A NaN makes its whole map NaN.
         eps: least distance of maximum and minimum, > 0. A constant map gives zeros.
-        backend: `"cpu"`, `"reference"`, or `None` to choose.
+        backend: `"cuda"`, `"cpu"`, `"reference"`, or `None` to choose.
 
     Returns:
         `Tensor[…, h, w]` in the dtype of `cam` (under autocast in the autocast dtype), computed in float32 or better.

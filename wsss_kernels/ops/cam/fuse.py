@@ -13,7 +13,15 @@ from ..._dispatch import Backend, Operator, apply
 from . import reference
 from .api import normalized
 
-FUSE_OP = Operator("fuse_cams", backends=(Backend("cpu"),))
+MAX_CUDA_MAPS = 32
+
+
+def _cuda_limit(*tensors: Tensor) -> str | None:
+    maps = sum(t.dim() == 4 for t in tensors)
+    return None if maps <= MAX_CUDA_MAPS else f"its kernels take at most {MAX_CUDA_MAPS} maps, got {maps}"
+
+
+FUSE_OP = Operator("fuse_cams", backends=(Backend("cuda", can_use=_cuda_limit), Backend("cpu")))
 
 _fwd = FUSE_OP.raw_op(
     "fuse_cams_fwd(Tensor[] maps, float[] weights, Tensor? present, int height, int width) -> Tensor",
@@ -91,7 +99,7 @@ def fuse_cams(
         size: (height, width) of the result; the maps are resized bilinearly with `align_corners=True`.
         present: `Tensor[B, K]`, which classes an image has: any dtype; a floating one must have the dtype of the maps.
         mode: `"normalize_then_sum"` or `"sum_then_normalize"`.
-        backend: `"cpu"`, `"reference"`, or `None` to choose.
+        backend: `"cuda"`, `"cpu"`, `"reference"`, or `None` to choose.
 
     Returns:
         `Tensor[B, K, height, width]` in the dtype of the maps, computed in float32 or better.

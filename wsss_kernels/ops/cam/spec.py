@@ -17,6 +17,8 @@ def samples() -> list[Sample]:
     def sample(note: str, cam: Tensor, *, gradcheck: bool = True, **options) -> Sample:
         return Sample(note, (cam,), options, small=cam.numel() <= 900, gradcheck=gradcheck)
 
+    tiles = positive(1, 59, 71, seed=11)  # more than one block takes
+    tiles[0, 3, 4], tiles[0, 58, 70] = 0.125, 9.0  # extrema that no two pixels share
     two_of_each = torch.tensor([[0.5, 2.0, 1.0], [2.0, 0.5, 0.75]], dtype=torch.float64)
     return [
         sample("typical", randn(2, 3, 11, 13)),
@@ -34,6 +36,7 @@ def samples() -> list[Sample]:
         sample("shared extrema (a kink)", two_of_each, gradcheck=False),
         sample("below eps", positive(2, 5, 7, seed=8), eps=100.0),
         sample("other eps", positive(2, 5, 7, seed=9), eps=0.125),
+        Sample("several tiles", (tiles,)),
         sample("large", randn(2, 97, 211, seed=10)),
     ]
 
@@ -76,7 +79,10 @@ SPECS = (
         gradients=("cam",),
         invariants=(spans_zero_to_one, scale_does_not_matter),
         malformed=malformed,
-        paths={"cpu": ("normalize_cam.fwd", "normalize_cam.bwd")},
+        paths={
+            "cpu": ("normalize_cam.fwd", "normalize_cam.bwd"),
+            "cuda": tuple(f"normalize_cam.cuda.{path}.{way}" for path in ("block", "tiles") for way in ("fwd", "bwd")),
+        },
         cases=(
             _case("4x20_maps_28x28", 4, 20, 28, 28),
             _case("4x20_maps_28x28_grad", 4, 20, 28, 28, backward=True),

@@ -9,7 +9,7 @@ from ... import _args
 from ..._dispatch import Backend, Operator
 from . import reference
 
-KMEANS_OP = Operator("kmeans", backends=(Backend("cpu"),))
+KMEANS_OP = Operator("kmeans", backends=(Backend("cuda"), Backend("cpu")))
 
 _fwd = KMEANS_OP.raw_op(
     "kmeans_fwd(Tensor x, Tensor init, int num_iter, float tol) -> (Tensor, Tensor)",
@@ -31,7 +31,7 @@ def kmeans(
         init: `Tensor[B, k, d]`, the first centroids; `None` takes the rows ⌊i·N/k⌋ of `x`.
         num_iter: largest number of iterations, ≥ 0.
         tol: stop, per set, when no centroid moved farther than this.
-        backend: `"cpu"`, `"reference"`, or `None` to choose.
+        backend: `"cuda"`, `"cpu"`, `"reference"`, or `None` to choose.
 
     Returns:
         `(label, centroid)`: `Tensor[B, N]` of int64, those of the returned centroids, and `Tensor[B, k, d]` in the dtype of `x`.

@@ -17,6 +17,7 @@ def _blobs(batch: int, count: int, depth: int, k: int, seed: int = 0) -> torch.T
 def samples() -> list[Sample]:
     x = _blobs(2, 23, 5, 3)
     line = torch.tensor([[[0.0], [1.0], [2.0], [10.0]]], dtype=torch.float64)
+    long, wide = _blobs(2, 4099, 1, 2), randn(1, 66, 130)
     return [
         Sample("typical", (x, 3)),
         Sample("init", (x, 2), {"init": x[:, [1, 0]]}),
@@ -30,6 +31,8 @@ def samples() -> list[Sample]:
         Sample("equal centroids", (line, 2), {"init": torch.tensor([[[3.0], [3.0]]], dtype=torch.float64), "num_iter": 1}),
         Sample("1 point", (randn(2, 1, 3), 1)),
         Sample("empty batch", (x[:0], 3)),
+        Sample("more points than a block takes", (long, 2), {"num_iter": 2, "tol": 1.0}),
+        Sample("more sums than a block takes", (wide, 64), {"init": wide[:, :64], "num_iter": 1}),
         Sample("many clusters", (_blobs(1, 331, 11, 11), 11), small=False),
         Sample("several shares", (_blobs(1, 3001, 7, 4), 4), small=False),
         Sample("several sets", (_blobs(3, 1201, 16, 2), 2), small=False),
@@ -120,7 +123,10 @@ SPECS = (
             empty_cluster_keeps_its_centroid,
         ),
         malformed=malformed,
-        paths={"cpu": ("kmeans.cpu",)},
+        paths={
+            "cpu": ("kmeans.cpu",),
+            "cuda": ("kmeans.cuda.block", "kmeans.cuda.shares", "kmeans.cuda.shares.sums_in_memory"),
+        },
         cases=(_case(1, 65536, 16, 2, target=15.0), _case(8, 4096, 16, 2)),
         baselines=("eager",),
         flops=lambda x, k, **_: 60.0 * k * x.numel(),

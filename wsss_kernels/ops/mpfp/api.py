@@ -12,7 +12,15 @@ from ... import _args
 from ..._dispatch import Backend, Operator, apply
 from . import reference
 
-MPFP_OP = Operator("mpfp", backends=(Backend("cpu"),))
+MAX_CUDA_SCALES = 64
+
+
+def _cuda_limit(feature: Tensor, weight_pos: Tensor, *_: Tensor) -> str | None:
+    scales = weight_pos.shape[0] + 1
+    return None if scales <= MAX_CUDA_SCALES else f"its kernels take at most {MAX_CUDA_SCALES} scales, got {scales}"
+
+
+MPFP_OP = Operator("mpfp", backends=(Backend("cuda", can_use=_cuda_limit), Backend("cpu")))
 
 _fwd = MPFP_OP.raw_op(
     "mpfp_fwd(Tensor feature, Tensor weight_pos, Tensor weight_neg, int[] scales) -> (Tensor, Tensor)",
@@ -70,7 +78,7 @@ def mpfp(
         weight_pos, weight_neg: `Tensor[len(scales) − 1, 2, 2C, 3, 3]`, same dtype and device: per fusion the convolution
             without bias, zero padding 1, inputs a before b.
         scales: τ from coarse to fine, each ≥ 1; they may exceed h and w.
-        backend: `"cpu"`, `"reference"`, or `None` to choose.
+        backend: `"cuda"`, `"cpu"`, `"reference"`, or `None` to choose.
 
     Returns:
         The logit, `Tensor[B, C]`, and the fused map, `Tensor[B, C, h, w]`, in the dtype of `feature`; float32 under

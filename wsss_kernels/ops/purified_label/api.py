@@ -10,12 +10,15 @@ from ... import _args
 from ..._dispatch import Backend, Operator, apply
 from . import reference
 
-PURIFIED_OP = Operator("purified_label_loss", backends=(Backend("cpu"),))
+PURIFIED_OP = Operator("purified_label_loss", backends=(Backend("cuda"), Backend("cpu")))
 
-_fwd = PURIFIED_OP.raw_op(
-    "purified_label_fwd(Tensor logit, Tensor label, int ignore_index) -> (Tensor, Tensor)",
-    lambda logit, label, ignore_index: (logit.new_empty(()), logit.new_empty(label.shape)),
-)
+
+def _fake_fwd(logit, label, ignore_index):
+    wide = torch.promote_types(logit.dtype, torch.float32)
+    return logit.new_empty((), dtype=wide), logit.new_empty(label.shape, dtype=wide)
+
+
+_fwd = PURIFIED_OP.raw_op("purified_label_fwd(Tensor logit, Tensor label, int ignore_index) -> (Tensor, Tensor)", _fake_fwd)
 _bwd = PURIFIED_OP.raw_op(
     "purified_label_bwd(Tensor logit, Tensor label, Tensor weight, Tensor grad, int ignore_index) -> Tensor",
     lambda logit, *rest: logit.new_empty(logit.shape),
@@ -47,7 +50,7 @@ def purified_label_loss(logit: Tensor, label: Tensor, *, ignore_index: int = 255
         logit: `Tensor[B, C, H, W]`, any floating type, C ≥ 1 (computed in float32, under autocast too).
         label: `Tensor[B, H, W]`, int64, int32 or uint8: classes 0 … C − 1, or `ignore_index`.
         ignore_index: label of the pixels that do not count.
-        backend: `"cpu"`, `"reference"`, or `None` to choose.
+        backend: `"cuda"`, `"cpu"`, `"reference"`, or `None` to choose.
 
     Returns:
         `Tensor[]`, float32 (float64 for float64 input).
@@ -58,6 +61,7 @@ def purified_label_loss(logit: Tensor, label: Tensor, *, ignore_index: int = 255
         TypeError: not tensors, integer logits, floating labels, different devices.
         ValueError: wrong rank, an empty map, no class, sizes that differ.
         RuntimeError: on the CPU, a label that is neither a class nor `ignore_index` (not checked before the kernel starts).
+            The CUDA kernels, which must not make the host wait, answer with a loss of NaN instead.
     """
     op = "purified_label_loss"
     _args.tensor(op, "logit", logit, "B×C×H×W", spatial=2)

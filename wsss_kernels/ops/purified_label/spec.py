@@ -102,7 +102,10 @@ SPECS = (
         autocast="fp32",
         invariants=(ignored_pixels_are_cropped_away, images_are_averaged, one_class_is_plain_cross_entropy),
         malformed=malformed,
-        paths={"cpu": ("purified_label.fwd", "purified_label.bwd")},
+        paths={
+            "cpu": ("purified_label.fwd", "purified_label.bwd"),
+            "cuda": ("purified_label.cuda.fwd", "purified_label.cuda.bwd"),
+        },
         cases=(_case(4, 2, 224), _case(4, 21, 112)),
         baselines=("eager",),
         flops=lambda logit, label, **_: 30.0 * logit.numel(),

@@ -23,7 +23,7 @@ def _note(**call) -> str:
 
 
 _TRITON = f"{__package__}.triton_impl"
-WALK_OP = Operator("random_walk", backends=(Backend("triton"), Backend("cpu")))
+WALK_OP = Operator("random_walk", backends=(Backend("cuda"), Backend("triton"), Backend("cpu")))
 AFFINITY_WALK_OP = Operator("affinity_random_walk", backends=(Backend("triton"), Backend("cpu")), note=_note)
 
 
@@ -148,7 +148,7 @@ def random_walk(
         sinkhorn_iter: rounds of Sinkhorn normalisation, ≥ 0.
         power: steps of the walk, ≥ 0; 0 returns `mask ⊙ cam`.
         mask_side: `"source"` masks before the walk (M4: the mask is 1×hw and cuts columns), `"target"` after it.
-        backend: `"triton"`, `"cpu"`, `"reference"`, or `None` to choose.
+        backend: `"cuda"`, `"triton"`, `"cpu"`, `"reference"`, or `None` to choose.
 
     Returns:
         A tensor of the shape of `cam`, in the dtype of `affinity`; float32 under autocast.

@@ -40,6 +40,7 @@ def walk_samples() -> list[Sample]:
         Sample("no batch", (positive(12, 12), rand(3, 3, 4, seed=1), mask(3, 3, 4))),
         _walk("empty row and column (kink)", 1, 3, 3, 5, change=with_empty, gradcheck=False),
         _walk("nothing but zeros (kink)", 1, 2, 2, 3, change=torch.zeros_like, gradcheck=False),
+        Sample("more tokens than a block takes", (positive(1, 131, 131), rand(1, 5, 1, 131, seed=1)), {"sinkhorn_iter": 2, "power": 2}),
         _walk("several chunks of rows, prime", 1, 5, 1, 211),
         _walk("two images of several chunks", 2, 7, 13, 17),
     ]
@@ -199,6 +200,7 @@ SPECS = (
         paths={
             "cpu": ("random_walk.forward", "random_walk.forward.small", "random_walk.backward"),
             "triton": ("random_walk.triton", "random_walk.triton.backward"),
+            "cuda": tuple(f"random_walk.cuda.{path}.{way}" for path in ("block", "launches") for way in ("fwd", "bwd")),
         },
         cases=(
             _case(784, 5, (28, 28), 8.0),

@@ -12,8 +12,8 @@ from ... import _args
 from ..._dispatch import Backend, Operator, apply
 from . import reference
 
-SINKHORN_OP = Operator("sinkhorn", backends=(Backend("triton"), Backend("cpu")))
-SCALING_OP = Operator("sinkhorn_scaling", backends=(Backend("triton"), Backend("cpu")))
+SINKHORN_OP = Operator("sinkhorn", backends=(Backend("cuda"), Backend("triton"), Backend("cpu")))
+SCALING_OP = Operator("sinkhorn_scaling", backends=(Backend("cuda"), Backend("triton"), Backend("cpu")))
 
 _TRITON = f"{__package__}.triton_impl"
 
@@ -64,7 +64,7 @@ def sinkhorn(matrix: Tensor, num_iter: int = 3, *, backend: str | None = None) -
     Args:
         matrix: `Tensor[..., N, N]`, any floating type. Entries must be ≥ 0: not checked, since a check would stop a GPU.
         num_iter: number of rounds, ≥ 0.
-        backend: `"triton"`, `"cpu"`, `"reference"`, or `None` to choose.
+        backend: `"cuda"`, `"triton"`, `"cpu"`, `"reference"`, or `None` to choose.
 
     Returns:
         `Tensor[..., N, N]` in the dtype of `matrix` (float32 under autocast), whose rows sum to 1 and columns nearly so.
@@ -90,7 +90,7 @@ def sinkhorn_scaling(matrix: Tensor, num_iter: int = 3, *, backend: str | None =
     Args:
         matrix: `Tensor[..., N, N]`, any floating type, entries ≥ 0 (not checked).
         num_iter: number of rounds, ≥ 0.
-        backend: `"triton"`, `"cpu"`, `"reference"`, or `None` to choose.
+        backend: `"cuda"`, `"triton"`, `"cpu"`, `"reference"`, or `None` to choose.
 
     Returns:
         Two `Tensor[..., N]`, in the dtype of `matrix`, float32 for half types. Empty rows and columns have 0.

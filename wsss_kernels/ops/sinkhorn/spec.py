@@ -46,6 +46,7 @@ def samples() -> list[Sample]:
         Sample("empty row and column (kink)", (with_empty(positive(2, 9, 9)),), gradcheck=False),
         Sample("nothing but zeros (kink)", (torch.zeros(1, 4, 4, dtype=torch.float64),), gradcheck=False),
         Sample("a row below the smallest float32 (kink)", (below,), gradcheck=False, dtypes=(torch.float32, torch.float64)),
+        Sample("more tokens than a block takes", (positive(1, 131, 131), 2)),
         Sample("several chunks of rows, prime", (positive(1, 211, 211),), small=False),
         Sample("several segments of columns", (positive(1, 2053, 2053), 1), small=False, dtypes=(torch.float32,)),
     ]
@@ -107,6 +108,7 @@ def _vectors(matrix: torch.Tensor, num_iter: int = 3) -> float:
 
 
 CPU_PATHS = ("sinkhorn.forward", "sinkhorn.forward.small")
+CUDA_PATHS = ("sinkhorn.cuda.block.fwd", "sinkhorn.cuda.launches.fwd")
 SHARED = {
     "paper": "M4 section 3.5.5; Sinkhorn, Canadian J. Math. 18 (1966)",
     "samples": samples,
@@ -123,7 +125,11 @@ SPECS = (
         reference=reference.sinkhorn,
         gradients=("matrix",),
         invariants=(rows_and_columns_sum_to_one, only_proportions_matter, order_of_tokens_does_not_matter, empty_stays_empty),
-        paths={"cpu": (*CPU_PATHS, "sinkhorn.backward"), "triton": ("sinkhorn.triton", "sinkhorn.triton.backward")},
+        paths={
+            "cpu": (*CPU_PATHS, "sinkhorn.backward"),
+            "cuda": (*CUDA_PATHS, "sinkhorn.cuda.block.bwd", "sinkhorn.cuda.launches.bwd"),
+            "triton": ("sinkhorn.triton", "sinkhorn.triton.backward"),
+        },
         cases=(_case(784), _case(2048), _case(784, backward=True)),
         baselines=("eager",),
         bytes_moved=lambda matrix, num_iter=3: 4.0 * matrix.numel() * (num_iter + 2),
@@ -136,7 +142,7 @@ SPECS = (
         refused=("matrix",),
         float32_outputs=(0, 1),
         invariants=(scalings_normalise,),
-        paths={"cpu": CPU_PATHS, "triton": ("sinkhorn.triton",)},
+        paths={"cpu": CPU_PATHS, "cuda": CUDA_PATHS, "triton": ("sinkhorn.triton",)},
         cases=(_case(784), _case(2048)),
         baselines=("eager_scaling",),
         bytes_moved=lambda matrix, num_iter=3: 4.0 * matrix.numel() * (num_iter + 1),
