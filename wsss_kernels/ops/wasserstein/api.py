@@ -179,7 +179,7 @@ def uncertainty_similarity(
     if chosen == "reference":
         return reference.uncertainty_similarity(*tensors, a=a, b=b, lam=lam)
     dtype = tensors[0].dtype
-    return _args.rounded(apply(_Pairwise, op, chosen, *_args.widen(chosen, *tensors), torch.stack(constants)), dtype)
+    return _args.rounded(apply(_Pairwise, op, chosen, *_args.widen(chosen, *tensors), constants), dtype)
 
 
 def uncertainty_info_nce(
