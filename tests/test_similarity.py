@@ -4,22 +4,24 @@ import pytest
 import torch
 
 import wsss_kernels as wk
+from wsss_kernels import registry
+from wsss_kernels.testing import runnable_backends
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = [*runnable_backends(registry.spec("text_similarity_pool")), ("reference", "cpu")]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_gradient_of_the_maximum_reaches_the_first(backend):
-    visual = torch.randn(1, 4, 9, 11, dtype=torch.float64).repeat(1, 1, 2, 1).requires_grad_()
-    wk.text_similarity_pool(visual, torch.randn(2, 4, dtype=torch.float64), backend=backend).sum().backward()
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_gradient_of_the_maximum_reaches_the_first(backend, device):
+    visual = torch.randn(1, 4, 9, 11, dtype=torch.float64).repeat(1, 1, 2, 1).to(device).requires_grad_()
+    wk.text_similarity_pool(visual, torch.randn(2, 4, dtype=torch.float64).to(device), backend=backend).sum().backward()
     touched = visual.grad.abs().sum(1)[0].nonzero()
     assert 1 <= len(touched) <= 2 and bool((touched[:, 0] < 9).all())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
 @pytest.mark.parametrize("pixel", [0, 5, 63, 64, 98])
-def test_nan_is_the_maximum_of_its_image_only(backend, pixel):
+def test_nan_is_the_maximum_of_its_image_only(backend, device, pixel):
     visual, text = torch.randn(2, 4, 9, 11), torch.randn(3, 4)
     visual.view(2, 4, -1)[0, 2, pixel] = torch.nan
-    result = wk.text_similarity_pool(visual, text, backend=backend)
+    result = wk.text_similarity_pool(visual.to(device), text.to(device), backend=backend)
     assert bool(result[0].isnan().all()) and not bool(result[1].isnan().any())

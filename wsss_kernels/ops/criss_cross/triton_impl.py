@@ -184,7 +184,8 @@ class _Maps:
         """64 own positions against a line of up to 128, whose weights then stay in registers; float64 halves both."""
         half = 2 if self.kind == torch.float64 else 1
         default = {"BM": power_of_2(length, most=64 // half), "BN": power_of_2(length, most=128 // half)}
-        default |= {"BC": 32 if self.query.element_size() == 2 else 16, "num_warps": max(1, default["BM"] * default["BN"] // 1024)}
+        warps = max(1 if default["BM"] == 16 else 4, default["BM"] * default["BN"] // 1024)
+        default |= {"BC": 32 if self.query.element_size() == 2 else 16, "num_warps": warps}
         return config(
             f"criss_cross/l{power_of_2(length)}b{self.query.element_size()}", default, [{**default, "num_warps": w} for w in (2, 4, 8)]
         )

@@ -254,17 +254,18 @@ def _bias_tile(queries, keys, values, grads, bias_ptr, stats_ptr, part_ptr, size
 
 
 @triton.jit
-def _table(pair_ptr, out_ptr, heads, WY: tl.constexpr, WX: tl.constexpr, BL: tl.constexpr):
-    """One offset of the bias table: the sum over the pairs of slots that are so far apart."""
-    row, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+def _table(pair_ptr, out_ptr, heads, WY: tl.constexpr, WX: tl.constexpr, BR: tl.constexpr, BL: tl.constexpr):
+    """Rows of the bias table, one per offset: the sum over the pairs of slots that are so far apart."""
+    row, head = tl.program_id(0) * BR + tl.arange(0, BR), tl.program_id(1).to(tl.int64)
     slots: tl.constexpr = WY * WX
-    acc = tl.zeros((BL,), pair_ptr.dtype.element_ty)
+    down, right = row // (2 * WX - 1) - (WY - 1), row % (2 * WX - 1) - (WX - 1)
+    acc = tl.zeros((BR,), pair_ptr.dtype.element_ty)
     for start in range(0, slots, BL):
         q = start + tl.arange(0, BL)
-        y, x = q // WX - (row // (2 * WX - 1) - (WY - 1)), q % WX - (row % (2 * WX - 1) - (WX - 1))
-        mask = (q < slots) & (y >= 0) & (y < WY) & (x >= 0) & (x < WX)
-        acc += tl.load(pair_ptr + (head * slots + q) * slots + y * WX + x, mask=mask, other=0.0)
-    tl.store(out_ptr + row * heads + head, tl.sum(acc, axis=0).to(out_ptr.dtype.element_ty))
+        y, x = (q // WX)[None, :] - down[:, None], (q % WX)[None, :] - right[:, None]
+        mask = (q < slots)[None, :] & (y >= 0) & (y < WY) & (x >= 0) & (x < WX)
+        acc += tl.sum(tl.load(pair_ptr + (head * slots + q)[None, :] * slots + y * WX + x, mask=mask, other=0.0), axis=1)
+    tl.store(out_ptr + row * heads + head, acc.to(out_ptr.dtype.element_ty), mask=row < (2 * WY - 1) * (2 * WX - 1))
 
 
 Maps = tuple[Tensor, ...]
@@ -343,7 +344,8 @@ class _Call:
         table = torch.empty_like(self.bias)
         if biased:
             window = {key: self.meta[key] for key in ("WY", "WX", "BL")}
-            launch(f"{path}.table", _table, tuple(table.shape), part.sum(0), table, self.heads, num_warps=1, **window)
+            grid = (triton.cdiv(len(table), 16), self.heads)
+            launch(f"{path}.table", _table, grid, part.sum(0), table, self.heads, BR=16, num_warps=4, **window)
         return *outs, table
 
 
