@@ -179,11 +179,11 @@ __host__ __device__ void backward(const R& run, const T* grad, const Gradients& 
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) forward_block(Matrices<T> m, const T* cam, Tape tape, T* out) {
+__global__ void __launch_bounds__(kThreads, 1) forward_block(Matrices<T> m, const T* cam, Tape tape, T* out) {
   forward(InBlock<T>{m}, cam, tape, out);
 }
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     backward_block(Matrices<T> m, const T* grad, Gradients g, T* grad_cam, T* grad_affinity) {
   backward(InBlock<T>{m}, grad, g, grad_cam, grad_affinity);
 }

@@ -87,16 +87,16 @@ __device__ void column_products(const Matrices<T>& m, int64_t b, int64_t tile, c
 }
 
 template <class T, class P>
-__global__ void __launch_bounds__(kThreads) rows_kernel(Matrices<T> m, int64_t blocks, P pass) {
+__global__ void __launch_bounds__(kThreads, 1) rows_kernel(Matrices<T> m, int64_t blocks, P pass) {
   const int64_t i = blockIdx.x % blocks * kWarps + threadIdx.x / kWarpThreads;
   if (i < m.n) row_products(m, blockIdx.x / blocks, i, pass);
 }
 template <class T, class P>
-__global__ void __launch_bounds__(kThreads) columns_kernel(Matrices<T> m, int64_t tiles, P pass) {
+__global__ void __launch_bounds__(kThreads, 1) columns_kernel(Matrices<T> m, int64_t tiles, P pass) {
   column_products(m, blockIdx.x / tiles, blockIdx.x % tiles, pass);
 }
 template <class P>
-__global__ void __launch_bounds__(kThreads) cells_kernel(int64_t cells, int64_t batch, P pass) {
+__global__ void __launch_bounds__(kThreads, 1) cells_kernel(int64_t cells, int64_t batch, P pass) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i < cells * batch) pass(i / cells, i % cells);
 }
@@ -314,11 +314,11 @@ __host__ __device__ void backward(const R& run, const Matrices<T>& grad, const A
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) forward_block(Matrices<T> m, Scalings s, T* normalised) {
+__global__ void __launch_bounds__(kThreads, 1) forward_block(Matrices<T> m, Scalings s, T* normalised) {
   forward(InBlock<T>{m}, m, s, normalised);
 }
 template <class T>
-__global__ void __launch_bounds__(kThreads) backward_block(Matrices<T> m, Matrices<T> grad, Adjoint a, T* out) {
+__global__ void __launch_bounds__(kThreads, 1) backward_block(Matrices<T> m, Matrices<T> grad, Adjoint a, T* out) {
   backward(InBlock<T>{m}, grad, a, out);
 }
 
