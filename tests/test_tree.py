@@ -97,9 +97,9 @@ def test_forbidden_texts():
 
 
 def test_backend_code_is_not_imported_early():
-    """Triton is imported by `triton_impl.py` files and what they share, which are imported when a call needs them."""
+    """Triton is imported by `triton_*.py` files and what they share, which are imported when a call needs them."""
     for path in tracked("wsss_kernels/*.py"):
-        if path.name not in ("triton_impl.py", "_triton.py"):
+        if path.name != "_triton.py" and not path.name.startswith("triton_"):
             assert not re.search(r"^(import|from) (triton|\S*_triton\b)|^from [.\w]+ import .*_triton\b", path.read_text(), re.M), path
 
 
