@@ -59,16 +59,17 @@ install: $(STAMPS)/built ## the virtual environment with the package and everyth
 demo: $(STAMPS)/built ## refines photographs and shows our time and memory against the eager algorithm
 	$(PY) -m wsss_models.demo
 
-# pytest exits with 5 where no operator has a kernel of the kind that a pass is about.
 MATRIX = tests/test_ops.py tests/test_gradients.py tests/test_layouts.py
+# Only where no time and no process memory is measured.
+SHARED_OUT = $(PYTEST) -n $(shell nproc) -m "not slow"
 test: $(STAMPS)/built ctest ## the whole suite (slow tests excepted), at every instruction-set level, in the emulators, and ctest
 	$(PYTEST) -m "not slow"
 	@echo "== CPU kernels at the lower instruction-set levels"
-	WSSS_CPU_CAPABILITY=avx2 $(PYTEST) tests/test_ops.py -m "not slow" -k "cpu and (float32 or float64)"
-	WSSS_CPU_CAPABILITY=default $(PYTEST) tests/test_ops.py -m "not slow" -k "cpu and (float32 or float64)"
+	WSSS_CPU_CAPABILITY=avx2 $(SHARED_OUT) tests/test_ops.py -k "cpu and (float32 or float64)"
+	WSSS_CPU_CAPABILITY=default $(SHARED_OUT) tests/test_ops.py -k "cpu and (float32 or float64)"
 	@echo "== CUDA kernels in the emulator, Triton kernels in the interpreter"
-	WSSS_CUDA_EMULATOR=$(EMULATOR) $(PYTEST) $(MATRIX) -m "not slow" -k cuda
-	TRITON_INTERPRET=1 $(PYTEST) $(MATRIX) -m "not slow" -k triton || [ $$? -eq 5 ]
+	WSSS_CUDA_EMULATOR=$(EMULATOR) $(SHARED_OUT) $(MATRIX) tests/test_golden.py -k cuda
+	TRITON_INTERPRET=1 $(SHARED_OUT) $(MATRIX) tests/test_golden.py -k triton
 	@echo "== CPU kernels under AddressSanitizer and UBSan"
 	tests/asan.sh $(PY) tests/test_ops.py -m "not slow" -k "cpu and float32"
 
