@@ -1,0 +1,196 @@
+"""The stages: classifier, pseudo-masks, their quality, segmentation network, predictions, test."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import rankdata
+from torch import nn
+from torch.utils.data import DataLoader
+
+from ..data import read_mask
+from ..engine import Confusion, Context, Evaluation, Method, Stage, Training, Writing, load_weights, png, polynomial
+from ..errors import UsageError
+from .config import GlandConfig
+from .data import CLASSES, CropData, Images, PatchData, distortion, usable
+from .losses import classification_loss, segmentation_loss
+from .model import GlandClassifier
+from .pseudo_label import activation_maps, otsu_mask, pseudo_mask, segment_image
+from .psp import PSPNet
+
+
+def _steps(asked: int | None, epochs: int, samples: int, per_step: int) -> int:
+    return asked if asked is not None else max(1, epochs * math.ceil(samples / per_step))
+
+
+def _adapt(model: nn.Module, context: Context, stage: str) -> None:
+    """Domain adaptation: starts from the weights that the same stage of another run ended with."""
+    if context.config.adapt_from is not None:
+        file = Path(context.config.adapt_from) / stage / "model.pt"
+        try:
+            model.load_state_dict(load_weights(file))
+        except RuntimeError as error:
+            raise UsageError(f"adapt_from {file}: holds another model ({str(error).rpartition(chr(10))[2].strip()})") from None
+
+
+def train_classifier(context: Context) -> Training:
+    config, recipe = context.config, context.config.classify
+    images = Images(context)
+    data = PatchData(images, images.names("train"), distortion(recipe.jitter, recipe.blur))
+    model = GlandClassifier(config.model)
+    _adapt(model, context, "classifier")
+    steps = _steps(recipe.steps, recipe.epochs, len(data), recipe.batch_size * recipe.accumulate)
+
+    def loss(model: nn.Module, batch) -> dict[str, torch.Tensor]:
+        return {"loss": classification_loss(model(batch[0])[0], batch[1])}
+
+    return Training(
+        model=model,
+        dataset=data,
+        loss=loss,
+        optimizer=torch.optim.SGD(
+            model.groups(recipe.lr, recipe.new_layers), recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+        ),
+        schedule=polynomial(steps, recipe.power),
+        steps=steps,
+        batch_size=recipe.batch_size,
+        accumulate=recipe.accumulate,
+        clip=recipe.clip,
+    )
+
+
+def _classifier(context: Context) -> GlandClassifier:
+    return context.load(GlandClassifier(replace(context.config.model, weights=None)), "classifier")
+
+
+def image_label(label: np.ndarray, cover: float) -> torch.Tensor:
+    """`Tensor[2]`: which classes cover more than their share of an annotation `[H, W]`."""
+    return torch.from_numpy(np.bincount(label.ravel(), minlength=len(CLASSES)) / label.size > cover)
+
+
+def write_masks(part: str) -> Callable[[Context], Writing]:
+    def build(context: Context) -> Writing:
+        config, images, model = context.config, Images(context), _classifier(context)
+
+        def write(name: str):
+            maps = activation_maps(model, images.image(name), config.data, config.masks, context.device)
+            present = image_label(images.label(name), config.data.cover)
+            return [png(pseudo_mask(maps, present, normalize=config.masks.normalize))]
+
+        return Writing(images.names(part), lambda name: [f"{name}.png"], write)
+
+    return build
+
+
+def evaluate(part: str, stage: str, *, classifier: bool) -> Callable[[Context], Evaluation]:
+    """Compares the masks that a stage wrote with the annotations; for the classifier's also the baselines and the patch AUC."""
+
+    def build(context: Context) -> Evaluation:
+        images = Images(context)
+        names = [name for name in images.names(part) if (context.folder(stage) / f"{name}.png").is_file()]
+
+        def more() -> dict[str, Any]:
+            return {**baselines(images, names), **patch_auc(context, images, names)}
+
+        return Evaluation(
+            names,
+            images.label,
+            lambda name: read_mask(context.folder(stage) / f"{name}.png"),
+            CLASSES,
+            image=images.image,
+            more=more if classifier and names else None,
+        )
+
+    return build
+
+
+def baselines(images: Images, names: Sequence[str]) -> dict[str, float]:
+    """mIoU of masks that nothing was learned for: all gland, a random half of the pixels, Otsu's threshold."""
+    random = np.random.default_rng(0)
+    made = {
+        "all_gland": lambda image: np.ones(image.shape[:2], np.uint8),
+        "random": lambda image: random.integers(0, 2, image.shape[:2], np.uint8),
+        "otsu": otsu_mask,
+    }
+    found = {}
+    for name, make in made.items():
+        confusion = Confusion(CLASSES)
+        for item in names:
+            confusion.add(images.label(item), make(images.image(item)))
+        found[f"miou_{name}"] = confusion.metrics()["miou"]
+    return found
+
+
+def auc(score: np.ndarray, label: np.ndarray) -> float | None:
+    """The probability that a positive scores above a negative (ties count half); `None` without one of them."""
+    rank = rankdata(score)
+    positive = label.astype(bool)
+    n, m = int(positive.sum()), int((~positive).sum())
+    return float((rank[positive].sum() - n * (n + 1) / 2) / (n * m)) if n and m else None
+
+
+@torch.no_grad()
+def patch_auc(context: Context, images: Images, names: Sequence[str]) -> dict[str, float | None]:
+    """The classifier's AUC for each class on the patches of the images."""
+    model, data = _classifier(context), PatchData(images, names, None)
+    batches = list(DataLoader(data, context.config.masks.batch_size))
+    score = torch.cat([model(batch.to(context.device))[0].float().cpu() for batch, _ in batches]).numpy()
+    label = torch.cat([label for _, label in batches]).numpy()
+    return {f"auc_{name}": auc(score[:, k], label[:, k]) for k, name in enumerate(CLASSES)}
+
+
+def train_network(context: Context) -> Training:
+    config, recipe = context.config, context.config.segment
+    images = Images(context)
+    names = usable(images, images.names("train"), context.folder("masks"))
+    data = CropData(images, names, context.folder("masks"), recipe, distortion(config.classify.jitter, config.classify.blur))
+    network = PSPNet(recipe)
+    _adapt(network, context, "network")
+    steps = _steps(recipe.steps, recipe.epochs, len(data), recipe.batch_size * recipe.accumulate)
+
+    def loss(network: nn.Module, batch) -> dict[str, torch.Tensor]:
+        return segmentation_loss(*network(batch[0]), batch[1], weight=recipe.auxiliary, purified=recipe.purified)
+
+    return Training(
+        model=network,
+        dataset=data,
+        loss=loss,
+        optimizer=torch.optim.SGD(network.parameters(), recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay),
+        schedule=polynomial(steps, recipe.power, floor=recipe.floor),
+        steps=steps,
+        batch_size=recipe.batch_size,
+        accumulate=recipe.accumulate,
+    )
+
+
+def predictor(context: Context) -> Callable[[np.ndarray], np.ndarray]:
+    config = context.config
+    network = context.load(PSPNet(replace(config.segment, pretrained=None)), "network")
+    return lambda image: segment_image(network, image, config.data, config.segment, context.device)
+
+
+def write_predictions(context: Context) -> Writing:
+    images, predict = Images(context), predictor(context)
+    return Writing(images.names("test"), lambda name: [f"{name}.png"], lambda name: [png(predict(images.image(name)))])
+
+
+def stages(config: GlandConfig) -> list[Stage]:
+    return [
+        Stage("classifier", "train", train_classifier),
+        Stage("masks", "pseudo-label", write_masks("train")),
+        Stage("test_masks", "pseudo-label", write_masks("test")),
+        Stage("mask_quality", "evaluate", evaluate("train", "masks", classifier=False)),
+        Stage("test_mask_quality", "evaluate", evaluate("test", "test_masks", classifier=True)),
+        Stage("network", "segment", train_network),
+        Stage("predictions", "predict", write_predictions),
+        Stage("test", "evaluate", evaluate("test", "predictions", classifier=False)),
+    ]
+
+
+METHOD = Method("gland", GlandConfig, stages, predictor)
