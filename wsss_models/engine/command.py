@@ -85,7 +85,7 @@ def _run(args: argparse.Namespace) -> int:
         if args.step == "predict" and args.images is not None:
             from .predict import predict_images
 
-            return predict_images(method, context, args.images, args.to or args.out / "images")
+            return predict_images(method, context, args.images, args.to or args.out / "images", overwrite=args.overwrite)
         stages = method.stages(config)
         chosen = runs.choose(stages, args.out, None if args.step == "run" else args.step, args.stage)
         runs.run_stages(method, context, chosen, overwrite=args.overwrite)

@@ -15,8 +15,8 @@ from .method import Method
 from .writing import Writing, png
 
 
-def predict_images(method: Method, context: Context, images: Path, to: Path) -> int:
-    """Writes NAME.png for every image. Exit code 1 if some could not be read (`skip_bad`).
+def predict_images(method: Method, context: Context, images: Path, to: Path, *, overwrite: bool = False) -> int:
+    """Writes NAME.png for every image; those that are there already are kept, unless `overwrite`. Exit code 1 if some could not be read (`skip_bad`).
 
     Raises:
         UsageError: the method takes no photographs, or there are no images.
@@ -28,10 +28,13 @@ def predict_images(method: Method, context: Context, images: Path, to: Path) -> 
         raise UsageError(f"--images {images}: the folder holds no image")
     names = {(f.relative_to(images) if images.is_dir() else Path(f.name)).with_suffix("").as_posix(): f for f in files}
     prepare_folder(to)
-    context.stage, context.out = to.name, to.parent
+    if overwrite:
+        for name in context.shard(list(names)):
+            (to / f"{name}.png").unlink(missing_ok=True)
+    context.stage = "predict"
     with contextlib.nullcontext() if context.config.kernels else wsss_kernels.use_backend("reference"):
         predictor = method.predictor(context)
-        job = Writing(list(names), lambda name: [f"{name}.png"], lambda name: [png(predictor(read_image(names[name])))])
+        job = Writing(list(names), lambda name: [f"{name}.png"], lambda name: [png(predictor(read_image(names[name])))], to)
         found = job.run(context)
     if context.main:
         print(f"{found['written']} of {found['items']} written to {to}")

@@ -29,14 +29,16 @@ class Writing:
         files: `name -> file names` in the stage's folder (they may have sub-folders). An item whose files are all there is done.
         write: `name -> savers`, one for each file, in order; a saver takes an open binary file. See `png` and `npy`. Runs
             without gradient. `InputError` says that this item cannot be read.
+        folder: instead of the stage's.
     """
 
     items: Sequence[str]
     files: Callable[[str], Sequence[str]]
     write: Callable[[str], Sequence[Saver]]
+    folder: Path | None = None
 
     def run(self, context: Context) -> dict[str, Any]:
-        folder, written = context.folder(), 0
+        folder, written = self.folder or context.folder(), 0
         repeated = len(self.items) - len(set(self.items))
         if repeated:
             raise InputError(f"stage {context.stage}: {repeated} names occur more than once")

@@ -183,10 +183,10 @@ def write_predictions(context: Context) -> Writing:
 def stages(config: GlandConfig) -> list[Stage]:
     return [
         Stage("classifier", "train", train_classifier),
-        Stage("masks", "pseudo-label", write_masks("train")),
         Stage("test_masks", "pseudo-label", write_masks("test")),
-        Stage("mask_quality", "evaluate", evaluate("train", "masks", classifier=False)),
         Stage("test_mask_quality", "evaluate", evaluate("test", "test_masks", classifier=True)),
+        Stage("masks", "pseudo-label", write_masks("train")),
+        Stage("mask_quality", "evaluate", evaluate("train", "masks", classifier=False)),
         Stage("network", "segment", train_network),
         Stage("predictions", "predict", write_predictions),
         Stage("test", "evaluate", evaluate("test", "predictions", classifier=False)),
