@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import torch as safetensors
 
 from wsss_models import cli
 from wsss_models.engine import load_weights, run as runs, training
+from wsss_models.errors import UsageError
 from wsss_models.refine.outputs import OutputError
 
 from . import toy
@@ -133,8 +135,8 @@ def test_best_weights_and_patience(wsss, tmp_path):
     assert metrics["best_score"] == max(float(r["score"]) for r in rows)
 
 
-def test_ctrl_c_saves_and_continues(data, tmp_path, wsss):
-    settings = ("recipe.steps=150", "checkpoint_every=1000")
+def test_ctrl_c_and_kill_continue(data, tmp_path, wsss):
+    settings = ("recipe.steps=150", "checkpoint_every=7")
     wsss("train", *settings)
     command = [
         sys.executable,
@@ -148,13 +150,15 @@ def test_ctrl_c_saves_and_continues(data, tmp_path, wsss):
         str(tmp_path / "stopped"),
     ]
     command += [a for s in ("device=cpu", *settings) for a in ("--set", s)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     file = tmp_path / "stopped/net/log.csv"
-    while process.poll() is None and not (file.is_file() and len(file.read_text().splitlines()) > 5):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "saved at step" in err, err
+    for stop, code in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
+        rows = len(file.read_text().splitlines()) if file.is_file() else 0
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        while process.poll() is None and not (file.is_file() and len(file.read_text().splitlines()) > rows + 5):
+            time.sleep(0.02)
+        process.send_signal(stop)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == code and (code < 0 or "saved at step" in err), err
     assert wsss("train", *settings, out="stopped")[0] == 0
     assert same(weights(tmp_path / "run"), weights(tmp_path / "stopped"))
     assert log(tmp_path / "run") == log(tmp_path / "stopped")
@@ -194,6 +198,74 @@ def test_full_disk(wsss, monkeypatch):
     monkeypatch.setattr(training.checkpoint, "save", full)
     code, _, err = wsss("train")
     assert code == 1 and "the disk is full" in err
+
+
+def test_full_disk_while_logging(wsss, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(training.Log, "row", full)
+    code, _, err = wsss("train")
+    assert code == 1 and "the disk is full" in err
+
+
+def test_half_precision_continues_bit_for_bit(wsss, tmp_path, monkeypatch):
+    wsss("train", "mixed_precision=bf16")
+    flush = training._Loop._flush
+
+    def dying(self, bar):
+        if self.step == 5:
+            raise Killed
+        flush(self, bar)
+
+    monkeypatch.setattr(training._Loop, "_flush", dying)
+    with pytest.raises(Killed):
+        wsss("train", "mixed_precision=bf16", out="killed")
+    monkeypatch.setattr(training._Loop, "_flush", flush)
+    assert wsss("train", "mixed_precision=bf16", out="killed")[0] == 0
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "killed"))
+    wsss("train", out="full")
+    assert not same(weights(tmp_path / "run"), weights(tmp_path / "full"))
+
+
+def test_tensorboard(wsss, monkeypatch):
+    rows = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            assert purge_step == 1
+
+        def add_scalar(self, name, value, step):
+            rows.append((name, step))
+
+        def close(self):
+            rows.append("closed")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", type("fake", (), {"SummaryWriter": Writer}))
+    assert wsss("train", "tensorboard=true")[0] == 0 and ("loss", 8) in rows and rows[-1] == "closed"
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    code, _, err = wsss("train", "tensorboard=true", out="without")
+    assert code == 2 and "pip install tensorboard" in err
+
+
+def test_weights_of_users(tmp_path):
+    weights = {"a": torch.ones(2)}
+    torch.save({"state_dict": weights, "epoch": 3}, tmp_path / "a.pth")
+    safetensors.save_file(weights, tmp_path / "a.safetensors")
+    for name in ("a.pth", "a.safetensors"):
+        assert same(load_weights(tmp_path / name), weights)
+    torch.save({"net": weights}, tmp_path / "b.pth")
+    assert same(load_weights(tmp_path / "b.pth", "net"), weights)
+    (tmp_path / "b.safetensors").write_bytes(b"damaged")
+    torch.save({"model": weights, "code": _Code()}, tmp_path / "c.pth")
+    for name, message in (
+        ("b.pth", "dictionary of tensors"),
+        ("b.safetensors", "damaged"),
+        ("c.pth", "is not loaded"),
+        ("d.pth", "no such"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            load_weights(tmp_path / name)
 
 
 def test_refusal_of_the_system_while_saving(tmp_path):

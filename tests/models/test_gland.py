@@ -251,7 +251,19 @@ def test_chain_and_domain_adaptation(data, tmp_path):
     assert summary["complete"] and 0 <= summary["stages"]["test"]["metrics"]["miou"] <= 1
     quality = summary["stages"]["test_mask_quality"]["metrics"]
     assert {"miou_all_gland", "miou_random", "miou_otsu", "auc_gland", "auc_stroma"} <= set(quality) and quality["images"] == 2
-    assert run("run", "gland", "--data", data, "--out", second, settings=[f"adapt_from={first}", "data.fraction=0.1"]) == 0
+    assert (
+        run(
+            "run",
+            "gland",
+            "--data",
+            data,
+            "--out",
+            second,
+            settings=[f"adapt_from={first}", "data.fraction=0.1", "data.validation=1", "segment.keep_best=true"],
+        )
+        == 0
+    )
+    assert (second / "classifier" / "validation.csv").is_file() and (second / "network" / "best.pt").is_file()
     assert json.loads((second / "summary.json").read_text())["stages"]["masks"]["metrics"]["items"] == 1
     assert run("predict", "gland", "--out", first, "--images", data / "testA_1.bmp", "--to", tmp_path / "seen") == 0
     assert (tmp_path / "seen" / "testA_1.png").read_bytes() == (first / "predictions" / "testA_1.png").read_bytes()

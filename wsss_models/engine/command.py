@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.util
 import sys
 from pathlib import Path
@@ -51,7 +52,11 @@ def run(args: argparse.Namespace) -> int:
         return _run(args)
     except (InputError, OutputError) as error:
         print(f"wsss {args.step}: error: {error}", file=sys.stderr)
-        return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"wsss {args.step}: error: the disk is full; the same command goes on when there is room", file=sys.stderr)
+    return 1
 
 
 def _configuration(args: argparse.Namespace, method: Any) -> tuple[Any, Path]:

@@ -19,7 +19,7 @@ from ..errors import UsageError
 from ..refine.outputs import prepare_folder, whole_file
 from . import about, config as configs
 from .context import Context, make_accelerator
-from .method import Method, Stage
+from .method import Job, Method, Stage
 from .stream import derive, seed_everything
 
 DONE = "done.json"
@@ -128,14 +128,20 @@ def run_stages(method: Method, context: Context, chosen: Sequence[Stage], *, ove
     return _summary(method, context, stages)
 
 
+def build(context: Context, stage: Stage) -> Job:
+    """The stage's job, always with the same initial weights."""
+    context.stage = stage.name
+    seed_everything(derive(context.config.seed, stage.name, "build"))
+    return stage.build(context)
+
+
 def _run_stage(context: Context, stage: Stage) -> None:
     context.stage, context.bad = stage.name, {}
     if context.main:
         context.folder().mkdir(parents=True, exist_ok=True)
     context.accelerator.wait_for_everyone()
     started = time.perf_counter()
-    seed_everything(derive(context.config.seed, stage.name, "build"))
-    metrics = stage.build(context).run(context)
+    metrics = build(context, stage).run(context)
     bad = dict(context.gather(list(context.bad.items())))
     if context.main:
         record = {

@@ -105,6 +105,8 @@ class Segment:
     scales: tuple[float, ...] = (1.0,)
     flip: bool = False
     """Scales and mirror images that are averaged at inference."""
+    keep_best: bool = False
+    """Keep the weights with the largest mIoU on the validation images, not the last ones."""
 
 
 @dataclass

@@ -29,6 +29,11 @@ def _steps(asked: int | None, epochs: int, samples: int, per_step: int) -> int:
     return asked if asked is not None else max(1, epochs * math.ceil(samples / per_step))
 
 
+def _after_each_epoch(images: Images, steps: int, epochs: int, validate: Callable[[nn.Module], dict[str, float]]) -> dict[str, Any]:
+    """Arguments of `Training` for a validation after each epoch, if there are validation images."""
+    return {"validate": validate, "validate_every": max(1, steps // epochs)} if images.parts["validation"] else {}
+
+
 def _adapt(model: nn.Module, context: Context, stage: str) -> None:
     """Domain adaptation: starts from the weights that the same stage of another run ended with."""
     if context.config.adapt_from is not None:
@@ -50,6 +55,12 @@ def train_classifier(context: Context) -> Training:
     def loss(model: nn.Module, batch) -> dict[str, torch.Tensor]:
         return {"loss": classification_loss(model(batch[0])[0], batch[1])}
 
+    held = images.names("validation")
+
+    def validate(model: nn.Module) -> dict[str, float]:
+        score, label = _scores(model, context, images, held)
+        return {"validation_loss": float(classification_loss(score, label))}
+
     return Training(
         model=model,
         dataset=data,
@@ -62,6 +73,7 @@ def train_classifier(context: Context) -> Training:
         batch_size=recipe.batch_size,
         accumulate=recipe.accumulate,
         clip=recipe.clip,
+        **_after_each_epoch(images, steps, recipe.epochs, validate),
     )
 
 
@@ -136,12 +148,18 @@ def auc(score: np.ndarray, label: np.ndarray) -> float | None:
 
 
 @torch.no_grad()
+def _scores(model: nn.Module, context: Context, images: Images, names: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and labels `Tensor[n, 2]` of all patches of the images, on the CPU."""
+    found = [
+        (model(batch.to(context.device))[0].float().cpu(), label)
+        for batch, label in DataLoader(PatchData(images, names, None), context.config.masks.batch_size)
+    ]
+    return torch.cat([score for score, _ in found]), torch.cat([label for _, label in found])
+
+
 def patch_auc(context: Context, images: Images, names: Sequence[str]) -> dict[str, float | None]:
     """The classifier's AUC for each class on the patches of the images."""
-    model, data = _classifier(context), PatchData(images, names, None)
-    batches = list(DataLoader(data, context.config.masks.batch_size))
-    score = torch.cat([model(batch.to(context.device))[0].float().cpu() for batch, _ in batches]).numpy()
-    label = torch.cat([label for _, label in batches]).numpy()
+    score, label = (t.numpy() for t in _scores(_classifier(context), context, images, names))
     return {f"auc_{name}": auc(score[:, k], label[:, k]) for k, name in enumerate(CLASSES)}
 
 
@@ -157,6 +175,12 @@ def train_network(context: Context) -> Training:
     def loss(network: nn.Module, batch) -> dict[str, torch.Tensor]:
         return segmentation_loss(*network(batch[0]), batch[1], weight=recipe.auxiliary, purified=recipe.purified)
 
+    def validate(network: nn.Module) -> dict[str, float]:
+        confusion = Confusion(CLASSES)
+        for name in images.names("validation"):
+            confusion.add(images.label(name), segment_image(network, images.image(name), config.data, recipe, context.device))
+        return {"validation_miou": confusion.metrics()["miou"]}
+
     return Training(
         model=network,
         dataset=data,
@@ -166,6 +190,8 @@ def train_network(context: Context) -> Training:
         steps=steps,
         batch_size=recipe.batch_size,
         accumulate=recipe.accumulate,
+        best="validation_miou" if recipe.keep_best and images.parts["validation"] else None,
+        **_after_each_epoch(images, steps, recipe.epochs, validate),
     )
 
 
