@@ -91,6 +91,7 @@ def test_imagenet_weights_round_trip(tmp_path):
         GlandClassifier(Model(backbone="resnet18", width=0.125, weights=str(file)))
 
 
+@pytest.mark.filterwarnings("ignore:for .*copying from a non-meta")
 def test_resnet38_weights_round_trip(tmp_path, monkeypatch):
     """The keys that the file of the ResNet38 conversion has, with its classification layer, on the meta device's shapes."""
     with torch.device("meta"):

@@ -165,6 +165,10 @@ def patch_auc(context: Context, images: Images, names: Sequence[str]) -> dict[st
 
 def train_network(context: Context) -> Training:
     config, recipe = context.config, context.config.segment
+    if recipe.batch_size < 2 * context.processes:
+        raise UsageError(
+            f"segment.batch_size: expected at least 2 images for each process (BatchNorm over one bin), got {recipe.batch_size}"
+        )
     images = Images(context)
     names = usable(images, images.names("train"), context.folder("masks"))
     data = CropData(images, names, context.folder("masks"), recipe, distortion(config.classify.jitter, config.classify.blur))
