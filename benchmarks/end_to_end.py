@@ -63,7 +63,7 @@ class Steps:
         self.step += 1
         if job.after_step is not None:
             job.after_step(self.step)
-        return float(loss)
+        return float(loss.detach())
 
 
 def share_of_operators(step: Steps) -> float:
