@@ -260,7 +260,13 @@ def test_chain_and_domain_adaptation(data, tmp_path):
             data,
             "--out",
             second,
-            settings=[f"adapt_from={first}", "data.fraction=0.1", "data.validation=1", "segment.keep_best=true"],
+            settings=[
+                f"adapt_from={first}",
+                "data.fraction=0.1",
+                "data.validation=1",
+                "segment.keep_best=true",
+                "classify.optimizer=adamw",
+            ],
         )
         == 0
     )

@@ -56,6 +56,8 @@ class Classify:
     """Instead of epochs."""
     batch_size: int = 20
     accumulate: int = 1
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """AdamW needs fewer steps from scratch; its betas are PyTorch's."""
     lr: float = 0.01
     new_layers: float = 10.0
     """Factor of the learning rate of everything that has no pretrained weights."""

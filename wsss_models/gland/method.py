@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from ..data import read_mask
 from ..engine import Confusion, Context, Evaluation, Method, Stage, Training, Writing, load_weights, png, polynomial
 from ..errors import UsageError
-from .config import GlandConfig
+from .config import Classify, GlandConfig
 from .data import CLASSES, CropData, Images, PatchData, distortion, usable
 from .losses import classification_loss, segmentation_loss
 from .model import GlandClassifier
@@ -44,6 +44,12 @@ def _adapt(model: nn.Module, context: Context, stage: str) -> None:
             raise UsageError(f"adapt_from {file}: holds another model ({str(error).rpartition(chr(10))[2].strip()})") from None
 
 
+def _optimizer(groups: list[dict], recipe: Classify) -> torch.optim.Optimizer:
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(groups, recipe.lr, weight_decay=recipe.weight_decay)
+    return torch.optim.SGD(groups, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+
+
 def train_classifier(context: Context) -> Training:
     config, recipe = context.config, context.config.classify
     images = Images(context)
@@ -65,9 +71,7 @@ def train_classifier(context: Context) -> Training:
         model=model,
         dataset=data,
         loss=loss,
-        optimizer=torch.optim.SGD(
-            model.groups(recipe.lr, recipe.new_layers), recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
-        ),
+        optimizer=_optimizer(model.groups(recipe.lr, recipe.new_layers), recipe),
         schedule=polynomial(steps, recipe.power),
         steps=steps,
         batch_size=recipe.batch_size,
