@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .encoder import Features, UniCL
+from .encoder import Features, UniCL, wide
 
 
 def grad_cam(model: UniCL, features: Features, text: Tensor, present: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ def grad_cam(model: UniCL, features: Features, text: Tensor, present: Tensor) ->
         hook = block.norm1.register_forward_hook(lambda module, given, made: kept.append(made))
         try:
             # One copy of an image's tokens for each of its classes: one backward pass gives all gradients.
-            embedding = model.embed(block(tokens.float()[images].requires_grad_()))
+            embedding = model.embed(block(wide(tokens)[images].requires_grad_()))
         finally:
             hook.remove()
         logits = model.logit_scale.exp() * embedding @ text.T

@@ -34,6 +34,7 @@ def image_name(name: str) -> str | None:
 
 
 def _text_tensors(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """A text tensor under the names of transformers, the joint projections split; empty if the encoder has no such tensor."""
     joint = _JOINT.match(name)
     if joint:
         parts = zip("qkv", tensor.chunk(3), strict=True)
@@ -41,14 +42,13 @@ def _text_tensors(name: str, tensor: Tensor) -> dict[str, Tensor]:
     for pattern, target in _TEXT_NAMES:
         if re.match(pattern, name):
             return {re.sub(pattern, target, name): tensor}
-    raise KeyError(f"unknown tensor {name} of the text encoder")
+    return {}
 
 
 def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A published checkpoint's tensors under the names of `encoder.UniCL`.
 
-    Raises:
-        KeyError: a tensor that UniCL does not have.
+    What UniCL does not have is left out, as its own loader does; what is missing, `load_state_dict` finds.
     """
     found: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -61,8 +61,8 @@ def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             found |= {f"text_encoder.{target}": t for target, t in _text_tensors(text, tensor).items()}
         elif name in ("image_projection", "vision_projection"):
             found["image_projection"] = tensor
-        elif name in ("text_projection", "logit_scale"):
-            found[name] = tensor.reshape(()) if name == "logit_scale" else tensor
-        else:
-            raise KeyError(f"unknown tensor {name}")
+        elif name == "text_projection":
+            found[name] = tensor
+        elif name == "logit_scale":
+            found[name] = tensor.squeeze()
     return found

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..engine import RunConfig
+from ..errors import UsageError
 
 
 @dataclass
@@ -21,7 +22,7 @@ class Data:
     """Only these images of the training list, if any are named."""
     crop: int = 224
     fit: bool = False
-    """Resize the longest side to `crop` before the random scale: whole images in the frame."""
+    """Resize the longest side to `crop` before the random scale, and centre what is smaller: whole images in the frame."""
     scale: tuple[float, float] = (0.5, 2.0)
     flip: bool = True
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
@@ -113,3 +114,12 @@ class UniclConfig(RunConfig):
     refine: Refine = field(default_factory=Refine)
     train: Train = field(default_factory=Train)
     inference: Inference = field(default_factory=Inference)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.data.crop < 32:
+            raise UsageError(f"data.crop: expected at least 32 pixels, a cell of the encoder's last grid, got {self.data.crop}")
+        if not 0 <= self.refine.first_layer < 1:
+            raise UsageError(f"refine.first_layer: expected a share of the blocks in [0, 1), got {self.refine.first_layer}")
+        if self.refine.warmup_maps < 1:
+            raise UsageError(f"refine.warmup_maps: expected at least 1, got {self.refine.warmup_maps}")

@@ -35,9 +35,8 @@ def train_items(context: Context) -> list[Item]:
 
 
 def val_items(context: Context) -> list[Item]:
-    """The images of the validation list that have a mask."""
-    config = context.config.data
-    return [item for item in voc.read(context.data, config.val, masks="SegmentationClass") if item.mask is not None]
+    """The validation list; a test list has no masks."""
+    return voc.read(context.data, context.config.data.val, masks="SegmentationClass")
 
 
 def normalized(image: np.ndarray, config: Data) -> Tensor:
@@ -75,7 +74,7 @@ def augment(image: Tensor, mask: Tensor, config: Data) -> tuple[Tensor, Tensor]:
     if config.flip and torch.rand(()) < 0.5:
         image, mask = image.flip(2), mask.flip(1)
     missing = [max(0, config.crop - side) for side in size]
-    before = [int(torch.randint(m + 1, ())) for m in missing]
+    before = [m // 2 if config.fit else int(torch.randint(m + 1, ())) for m in missing]
     frame = (before[1], missing[1] - before[1], before[0], missing[0] - before[0])
     image, mask = pad(image, frame), pad(mask, frame, value=IGNORE)
     y, x = (int(torch.randint(side - config.crop + 1, ())) for side in mask.shape)
@@ -95,7 +94,7 @@ class Crops(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         item = self.items[index]
         image = read_image(item.image)
-        needed = self.masks or self.config.labels_from_mask
+        needed = self.masks or (self.config.labels_from_mask and item.labels is None)
         if needed and item.mask is None:
             raise InputError(f"mask: {item.name} has none, which data.labels_from_mask and train.supervision=masks need")
         mask = read_mask(item.mask, image.shape[:2]) if needed else None

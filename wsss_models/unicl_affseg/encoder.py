@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from timm.models.swin_transformer import SwinTransformer
@@ -30,19 +31,23 @@ class Features:
     last: Tensor
 
 
+def wide(x: Tensor) -> Tensor:
+    """In float32 at least, whatever autocast made of it."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 class UniCL(nn.Module):
-    """Images and texts as unit vectors of one space.
+    """Images and texts as unit vectors of one space. Set up for 224 pixels, as published; other sizes are padded to whole windows.
 
     Args:
         config: sizes.
         vocabulary: number of tokens (49408 of the published encoders).
-        image_size: side that the relative positions are set up for; other sizes run too.
     """
 
-    def __init__(self, config: Encoder, vocabulary: int = 49408, image_size: int = 224):
+    def __init__(self, config: Encoder, vocabulary: int = 49408):
         super().__init__()
         self.image_encoder = SwinTransformer(
-            img_size=image_size,
+            img_size=224,
             embed_dim=config.embed_dim,
             depths=config.depths,
             num_heads=config.heads,
@@ -100,7 +105,7 @@ class UniCL(nn.Module):
         return normalize(self.text_encoder(input_ids=ids).pooler_output @ self.text_projection, dim=1)
 
 
-def load_unicl(config: Encoder, vocabulary: int, image_size: int) -> UniCL:
+def load_unicl(config: Encoder, vocabulary: int) -> UniCL:
     """The encoder with the weights that the configuration names.
 
     Raises:
@@ -111,12 +116,14 @@ def load_unicl(config: Encoder, vocabulary: int, image_size: int) -> UniCL:
             "encoder.weights: expected the path of UniCL's Swin-B, such as in21k_yfcc14m_swin_base.pth (release v1.0 of microsoft/UniCL), "
             "or random to try the method out"
         )
-    model = UniCL(config, vocabulary, image_size)
+    model = UniCL(config, vocabulary)
     if config.weights != "random":
-        state = load_weights(config.weights)
-        try:
-            model.load_state_dict(convert(state.get("model", state)))
-        except (RuntimeError, KeyError, AttributeError, TypeError) as error:
-            text = str(error).strip().splitlines()[-1].strip()
-            raise UsageError(f"encoder.weights {config.weights}: is no UniCL checkpoint of these sizes ({text})") from None
+        found, wanted = convert(load_weights(Path(config.weights))), model.state_dict()
+        wrong = [name for name, tensor in wanted.items() if name not in found or found[name].shape != tensor.shape]
+        if wrong:
+            raise UsageError(
+                f"encoder.weights {config.weights}: expected UniCL's {len(wanted)} tensors in the configured sizes; {len(wrong)} are missing or "
+                f"of another shape, such as {wrong[0]}"
+            )
+        model.load_state_dict({name: found[name] for name in wanted})
     return model

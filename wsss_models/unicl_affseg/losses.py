@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy, interpolate
 import wsss_kernels as wk
 
 from .config import Train
+from .encoder import wide
 
 IGNORE = 255
 
@@ -25,7 +26,7 @@ def segmentation_loss(logits: Tensor, label: Tensor) -> Tensor:
         logits: `Tensor[B, 21, h, w]`, resized bilinearly to the label.
         label: `Tensor[B, H, W]` int64.
     """
-    large = interpolate(logits.float(), label.shape[-2:], mode="bilinear", align_corners=False)
+    large = interpolate(wide(logits), label.shape[-2:], mode="bilinear", align_corners=False)
     pixel = cross_entropy(large, label, ignore_index=IGNORE, reduction="none")
     return (_mean(pixel, label == 0) + _mean(pixel, (label != 0) & (label != IGNORE))) / 2
 
@@ -34,5 +35,5 @@ def total_loss(logits: Tensor, fused: Tensor, label: Tensor, config: Train) -> d
     """L = L_seg + λ L_aff, by name."""
     segmentation = segmentation_loss(logits, label)
     grid = interpolate(label[:, None].float(), fused.shape[-2:], mode="nearest")[:, 0].long()
-    affinity = wk.affinity_loss(fused.float(), grid, kind=config.affinity_kind, radius=config.radius, ignore_index=IGNORE)
+    affinity = wk.affinity_loss(wide(fused), grid, kind=config.affinity_kind, radius=config.radius, ignore_index=IGNORE)
     return {"loss": segmentation + config.affinity_weight * affinity, "segmentation": segmentation, "affinity": affinity}

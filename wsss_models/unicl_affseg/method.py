@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ def frozen(context: Context) -> tuple[UniCL, Tensor]:
     tokenizer = load_tokenizer(config.encoder.tokenizer)
     with torch.random.fork_rng(devices=[]):  # random weights are those of the seed, whatever was drawn before
         torch.manual_seed(context.seed("unicl"))
-        unicl = load_unicl(config.encoder, len(tokenizer), config.data.crop).to(context.device)
+        unicl = load_unicl(config.encoder, len(tokenizer)).to(context.device)
     return unicl, unicl.embed_text(token_ids(tokenizer, prompts()).to(context.device))
 
 
@@ -68,7 +69,7 @@ def train_decoder(context: Context) -> Training:
         return total_loss(logits, fused, label, recipe)
 
     def validate(model: nn.Module) -> dict[str, float]:
-        items = {item.name: item for item in val_items(context)[: recipe.validate_images]}
+        items = {item.name: item for item in [item for item in val_items(context) if item.mask is not None][: recipe.validate_images]}
         pooled, _ = evaluate_masks(
             context,
             list(items),
@@ -128,20 +129,21 @@ def evaluate_pseudo_labels(context: Context) -> Evaluation:
 
 
 def evaluate_fit(context: Context) -> Evaluation:
-    """How well the decoder fits the crops that it was trained on: meaningful where `data.fit`, `scale` and `flip` leave them fixed."""
+    """How well the decoder fits what it was trained on: meaningful where `data.fit`, `scale` and `flip` leave the crops fixed."""
     config, data = context.config, Crops(context)
     unicl, _ = frozen(context)
     decoder = context.load(make_decoder(config), "decoder")
     place = {item.name: i for i, item in enumerate(data.items)}
+    crop = lru_cache(maxsize=1)(lambda name: data[place[name]])  # truth and prediction are of the same crop
 
     def prediction(name: str) -> np.ndarray:
-        image = data[place[name]][0][None].to(context.device)
+        image = crop(name)[0][None].to(context.device)
         with torch.no_grad():
             logits, _ = decoder(selected(unicl.features(image).blocks, config.decoder.blocks))
         large = nn.functional.interpolate(logits.float(), image.shape[-2:], mode="bilinear", align_corners=False)
         return large[0].argmax(dim=0).byte().cpu().numpy()
 
-    return Evaluation(list(place), lambda name: data[place[name]][1].byte().numpy(), prediction, CLASSES)
+    return Evaluation(list(place), lambda name: crop(name)[1].byte().numpy(), prediction, CLASSES)
 
 
 def predictor(context: Context) -> Callable[[np.ndarray], np.ndarray]:

@@ -11,6 +11,7 @@ from torch.nn.functional import interpolate
 import wsss_kernels as wk
 
 from .config import Refine
+from .encoder import wide
 
 
 def _affinities(features: Sequence[Tensor]) -> tuple[Tensor, str]:
@@ -89,9 +90,11 @@ def pseudo_labels(cams: Tensor, fused: Tensor | None, features: Sequence[Tensor]
         `Tensor[B, H, W]` int64: 0 background, 1 … 20.
     """
     used = present.any(dim=0).nonzero()[:, 0]
+    if len(used) == 0:
+        return torch.zeros(len(image), *image.shape[-2:], dtype=torch.int64, device=image.device)
     grid = features[0].shape[-2:]
-    kept = interpolate(wk.normalize_cam(cams[:, used].float()), grid, mode="bilinear", align_corners=False)
-    walked = propagate(kept, None if fused is None else fused.float(), [f.float() for f in features], config)
-    found = label_pixels(walked, image.float(), present[:, used], config)
+    kept = interpolate(wk.normalize_cam(wide(cams[:, used])), grid, mode="bilinear", align_corners=False)
+    walked = propagate(kept, None if fused is None else wide(fused), [wide(f) for f in features], config)
+    found = label_pixels(walked, wide(image), present[:, used], config)
     names = torch.cat((used.new_zeros(1), used + 1))
     return names[found]
