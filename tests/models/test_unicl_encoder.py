@@ -51,7 +51,10 @@ def published(model: UniCL, *, old: bool = False) -> dict:
         state[image + name] = tensor
         if name.endswith("attn.qkv.weight"):
             block = name.removesuffix("attn.qkv.weight")
-            state |= {f"{image}{block}attn.relative_position_index": torch.zeros(49, 49), f"{image}{block}attn_mask": torch.zeros(4, 49, 49)}
+            state |= {
+                f"{image}{block}attn.relative_position_index": torch.zeros(49, 49),
+                f"{image}{block}attn_mask": torch.zeros(4, 49, 49),
+            }
     encoder = model.text_encoder.state_dict()
     state[f"{text}token_embedding.weight"] = encoder["embeddings.token_embedding.weight"]
     state[f"{text}positional_embedding"] = encoder["embeddings.position_embedding.weight"]
@@ -180,7 +183,9 @@ def test_token_grids(tiny, size):
     everything, stage3 = selected(found.blocks, "all"), selected(found.blocks, "stage3")
     assert len(everything) == 7 and len(stage3) == 2 and {f.shape[2:] for f in everything} == {stage3[0].shape[2:]}
     with torch.no_grad():
-        torch.testing.assert_close(tiny.image_encoder.norm(found.blocks[3][1].permute(0, 2, 3, 1)), tiny.image_encoder.forward_features(image))
+        torch.testing.assert_close(
+            tiny.image_encoder.norm(found.blocks[3][1].permute(0, 2, 3, 1)), tiny.image_encoder.forward_features(image)
+        )
 
 
 def test_sizes_at_inference():
