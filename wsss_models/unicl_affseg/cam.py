@@ -24,7 +24,7 @@ def grad_cam(model: UniCL, features: Features, text: Tensor, present: Tensor) ->
         `Tensor[B, 20, h, w]`, ≥ 0, not normalised; the grid of the last stage.
     """
     images, classes = present.nonzero(as_tuple=True)
-    tokens = features.last
+    tokens = wide(features.last)
     cams = tokens.new_zeros(*present.shape, *tokens.shape[1:3])
     if len(images) == 0:
         return cams
@@ -33,7 +33,7 @@ def grad_cam(model: UniCL, features: Features, text: Tensor, present: Tensor) ->
         hook = block.norm1.register_forward_hook(lambda module, given, made: kept.append(made))
         try:
             # One copy of an image's tokens for each of its classes: one backward pass gives all gradients.
-            embedding = model.embed(block(wide(tokens)[images].requires_grad_()))
+            embedding = model.embed(block(tokens[images].requires_grad_()))
         finally:
             hook.remove()
         logits = model.logit_scale.exp() * embedding @ text.T
@@ -42,5 +42,5 @@ def grad_cam(model: UniCL, features: Features, text: Tensor, present: Tensor) ->
         score = logits.masked_fill(~allowed, -torch.inf).softmax(dim=1).gather(1, classes[:, None]).sum()
         (gradient,) = torch.autograd.grad(score, kept)
     weight = gradient.mean(dim=(1, 2), keepdim=True)
-    cams[images, classes] = (weight * kept[0].detach()).sum(dim=3).relu().to(cams.dtype)
+    cams[images, classes] = (weight * kept[0].detach()).sum(dim=3).relu()
     return cams

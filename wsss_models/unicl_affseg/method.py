@@ -90,7 +90,7 @@ def train_decoder(context: Context) -> Training:
         steps=recipe.steps,
         batch_size=recipe.batch_size,
         accumulate=recipe.accumulate,
-        after_step=decoder.steps.fill_,
+        after_step=lambda step: decoder.steps.fill_(step),  # not the bound method: moving to a GPU replaces the buffer
         validate=validate if recipe.validate_images else None,
         validate_every=recipe.validate_every,
         best="miou" if recipe.validate_images else None,
