@@ -58,8 +58,8 @@ def propagate(cams: Tensor, fused: Tensor | None, features: Sequence[Tensor], co
     return wk.normalize_cam(walked)
 
 
-def label_pixels(cams: Tensor, image: Tensor, present: Tensor, config: Refine) -> Tensor:
-    """PAR on the background score and the CAMs at the image's size, then the most likely present class (Eq. 3.17, 3.18).
+def pixel_scores(cams: Tensor, image: Tensor, present: Tensor, config: Refine) -> Tensor:
+    """PAR on the background score and the CAMs at the image's size (Eq. 3.17).
 
     Args:
         cams: `Tensor[B, K, h, w]` in [0, 1].
@@ -67,19 +67,21 @@ def label_pixels(cams: Tensor, image: Tensor, present: Tensor, config: Refine) -
         present: `Tensor[B, K]` bool.
 
     Returns:
-        `Tensor[B, H, W]` int64: 0 background, k + 1 class k.
+        `Tensor[B, 1 + K, H, W]`, background first; −∞ for classes that the image does not show.
     """
     large = interpolate(cams, image.shape[-2:], mode="bilinear", align_corners=False)
     large = large * present[:, :, None, None]
     scores = torch.cat(((1 - large.amax(dim=1, keepdim=True)) ** config.alpha, large), dim=1)
     scores = wk.par(image, scores, config.dilations, config.par_iter, resize="image")
     absent = torch.cat((torch.zeros_like(present[:, :1]), ~present), dim=1)
-    return scores.masked_fill(absent[:, :, None, None], -torch.inf).argmax(dim=1)
+    return scores.masked_fill(absent[:, :, None, None], -torch.inf)
 
 
 @torch.no_grad()
-def pseudo_labels(cams: Tensor, fused: Tensor | None, features: Sequence[Tensor], image: Tensor, present: Tensor, config: Refine) -> Tensor:
-    """CAMs of all 20 classes to labels: only classes that some image shows are carried along.
+def refine(
+    cams: Tensor, fused: Tensor | None, features: Sequence[Tensor], image: Tensor, present: Tensor, config: Refine
+) -> tuple[Tensor, Tensor]:
+    """CAMs of all 20 classes to scores of pixels: only classes that some image shows are carried along.
 
     Args:
         cams: `Tensor[B, 20, h', w']`, ≥ 0, of any grid.
@@ -87,14 +89,19 @@ def pseudo_labels(cams: Tensor, fused: Tensor | None, features: Sequence[Tensor]
         present: `Tensor[B, 20]` bool.
 
     Returns:
-        `Tensor[B, H, W]` int64: 0 background, 1 … 20.
+        (`pixel_scores`, the label `Tensor[1 + K]` int64 that each of its maps stands for).
     """
     used = present.any(dim=0).nonzero()[:, 0]
+    names = torch.cat((used.new_zeros(1), used + 1))
     if len(used) == 0:
-        return torch.zeros(len(image), *image.shape[-2:], dtype=torch.int64, device=image.device)
+        return wide(image).new_ones(len(image), 1, *image.shape[-2:]), names
     grid = features[0].shape[-2:]
     kept = interpolate(wk.normalize_cam(wide(cams[:, used])), grid, mode="bilinear", align_corners=False)
     walked = propagate(kept, None if fused is None else wide(fused), [wide(f) for f in features], config)
-    found = label_pixels(walked, wide(image), present[:, used], config)
-    names = torch.cat((used.new_zeros(1), used + 1))
-    return names[found]
+    return pixel_scores(walked, wide(image), present[:, used], config), names
+
+
+def pseudo_labels(cams: Tensor, fused: Tensor | None, features: Sequence[Tensor], image: Tensor, present: Tensor, config: Refine) -> Tensor:
+    """The most likely class of each pixel (Eq. 3.18): `refine`'s arguments → `Tensor[B, H, W]` int64: 0 background, 1 … 20."""
+    scores, names = refine(cams, fused, features, image, present, config)
+    return names[scores.argmax(dim=1)]
