@@ -105,13 +105,18 @@ def test_masks_as_supervision_and_validation(data, tmp_path):
     assert len((tmp_path / "run" / "decoder" / "validation.csv").read_text().splitlines()) == 3
 
 
-def test_image_labels_are_not_taken_from_masks_unasked(data, tmp_path, capsys):
+def test_labels_and_masks_that_are_missing(data, tmp_path, capsys):
     (data / "VOC2012" / "Annotations" / f"{NAMES[1]}.xml").unlink()
     assert run("train", "unicl_affseg", "--data", data, "--out", tmp_path / "a") == 1
     assert f"labels: {NAMES[1]} has neither" in capsys.readouterr().err
     assert run("train", "unicl_affseg", "--data", data, "--out", tmp_path / "b", settings=["data.labels_from_mask=true"]) == 0
     assert run("train", "unicl_affseg", "--data", data, "--out", tmp_path / "c", settings=["data.names=[nobody]"]) == 1
     assert "data.names: the list train has no nobody" in capsys.readouterr().err
+    for mask in (data / "VOC2012" / "SegmentationClass").iterdir():
+        mask.unlink()
+    settings = ["data.labels_from_mask=true", "train.validate_images=1"]
+    assert run("train", "unicl_affseg", "--data", data, "--out", tmp_path / "d", settings=settings) == 1
+    assert "no image of the list val has a mask" in capsys.readouterr().err
 
 
 def test_training_benchmark(data, tmp_path):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..data import read_image, read_mask
 from ..engine import Context, Evaluation, Method, Stage, Training, Writing, evaluate_masks, png, polynomial
+from ..errors import InputError
 from .cam import grad_cam
 from .config import UniclConfig
 from .data import CLASSES, Crops, image_labels, train_items, val_items
@@ -68,8 +69,12 @@ def train_decoder(context: Context) -> Training:
         label = make_targets(features, fused, int(decoder.steps), image, mask, present)
         return total_loss(logits, fused, label, recipe)
 
+    chosen = [item for item in val_items(context) if item.mask is not None] if recipe.validate_images else []
+    if recipe.validate_images and not chosen:
+        raise InputError(f"data.val: no image of the list {config.data.val} has a mask, which train.validate_images needs")
+    items = {item.name: item for item in chosen[: recipe.validate_images]}
+
     def validate(model: nn.Module) -> dict[str, float]:
-        items = {item.name: item for item in [item for item in val_items(context) if item.mask is not None][: recipe.validate_images]}
         pooled, _ = evaluate_masks(
             context,
             list(items),
