@@ -203,13 +203,15 @@ Tensor refine(const Tensor& image, const Tensor& mask, const std::vector<int64_t
   return result;
 }
 
-Tensor par_fwd(const Tensor& image, const Tensor& mask, std::vector<int64_t> dilations, int64_t num_iter, bool pamr,
-               double w1, double w2, double w3, bool exact) {
+Tensor par_fwd(const Tensor& image, const Tensor& mask, std::vector<int64_t> size, std::vector<int64_t> dilations,
+               int64_t num_iter, bool pamr, double w1, double w2, double w3, bool exact) {
+  WSSS_CHECK(size.empty(), "par: masks of the image's size expected");
   return refine(image, mask, dilations, num_iter, pamr, w1, w2, w3, exact, false);
 }
 
-Tensor par_bwd(const Tensor& image, const Tensor& grad, std::vector<int64_t> dilations, int64_t num_iter, bool pamr,
-               double w1, double w2, double w3, bool exact) {
+Tensor par_bwd(const Tensor& image, const Tensor& grad, std::vector<int64_t> size, std::vector<int64_t> dilations,
+               int64_t num_iter, bool pamr, double w1, double w2, double w3, bool exact) {
+  WSSS_CHECK(size.empty(), "par: masks of the image's size expected");
   return refine(image, grad, dilations, num_iter, pamr, w1, w2, w3, exact, true);
 }
 

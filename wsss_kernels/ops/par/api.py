@@ -14,23 +14,31 @@ from . import reference
 
 PAR_OP = Operator("par", backends=(Backend("cuda"), Backend("cpu")))
 
-_OPTIONS = "int[] dilations, int num_iter, bool pamr, float w1, float w2, float w3, bool exact"
-_fwd = PAR_OP.raw_op(f"par_fwd(Tensor image, Tensor mask, {_OPTIONS}) -> Tensor", lambda image, mask, *options: mask.new_empty(mask.shape))
-_bwd = PAR_OP.raw_op(f"par_bwd(Tensor image, Tensor grad, {_OPTIONS}) -> Tensor", lambda image, grad, *options: grad.new_empty(grad.shape))
+_OPTIONS = "int[] size, int[] dilations, int num_iter, bool pamr, float w1, float w2, float w3, bool exact"
+
+
+def _like(image, mask, size, *options):
+    return mask.new_empty((*mask.shape[:2], *(size or mask.shape[2:])))
+
+
+_fwd = PAR_OP.raw_op(f"par_fwd(Tensor image, Tensor mask, {_OPTIONS}) -> Tensor", _like)
+_bwd = PAR_OP.raw_op(f"par_bwd(Tensor image, Tensor grad, {_OPTIONS}) -> Tensor", _like)
 
 
 class _Par(torch.autograd.Function):
+    """`size` is that of the result where the mask has another, else empty: a shape that no guard depends on."""
+
     @staticmethod
-    def forward(ctx, image, mask, backend, *options):
+    def forward(ctx, image, mask, backend, size, *options):
         ctx.save_for_backward(image)
-        ctx.backend, ctx.options = backend, options
-        return _fwd[backend](image, mask, *options)
+        ctx.backend, ctx.size, ctx.options = backend, list(mask.shape[2:]) if size else [], options
+        return _fwd[backend](image, mask, size, *options)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         (image,) = ctx.saved_tensors
-        return None, _bwd[ctx.backend](image, grad, *ctx.options), None, *[None] * len(ctx.options)
+        return None, _bwd[ctx.backend](image, grad, ctx.size, *ctx.options), None, None, *[None] * len(ctx.options)
 
 
 def _checked(image: Tensor, mask: Tensor, dilations: Sequence[int], num_iter: int, variant: str, resize: str | None) -> list[int]:
@@ -105,13 +113,15 @@ def par(
     chosen = PAR_OP.resolve((image, mask), backend)
     if chosen == "reference":
         return reference.par(image, mask, steps, num_iter, variant=variant, resize=resize, w1=w1, w2=w2, w3=w3)
-    dtype = image.dtype
-    image, mask = _args.widen(chosen, image, mask)
-    if resize == "mask":
-        mask = reference.resized(mask, image.shape[-2:])
-    elif resize == "image":
-        image = reference.resized(image, mask.shape[-2:])
-    return _Par.apply(image, mask, chosen, steps, int(num_iter), variant == "pamr", *scales, w3, bool(exact)).to(dtype)
+    size: list[int] = []
+    if chosen == "cuda":  # the CPU's kernels resize row by row
+        if resize == "mask":
+            mask = reference.resized(mask, image.shape[-2:])
+        elif resize == "image":
+            image = reference.resized(image, mask.shape[-2:])
+    elif resize == "mask" and mask.shape[-2:] != image.shape[-2:]:
+        size = list(image.shape[-2:])
+    return _Par.apply(image, mask, chosen, size, steps, int(num_iter), variant == "pamr", *scales, w3, exact)
 
 
 def _one_hot(positions: Sequence[tuple[int, int]], value: float = 1.0) -> Tensor:
