@@ -113,7 +113,9 @@ class Refinement {
   // Classes in blocks: as many as the promise has room for beside the weights, in parts of about one size.
   template <class F>
   void for_class_blocks(int64_t bytes_per_class, const F& body) const {
-    const int64_t fixed = weights_.size() * int64_t(sizeof(W)) + correction_.size() * int64_t(sizeof(float));
+    const int64_t stored = weights_.size() * int64_t(sizeof(W)) + correction_.size() * int64_t(sizeof(float));
+    const int64_t rows = torch::stable::get_num_threads() * kMostClasses * s_.stride * int64_t(sizeof(T));
+    const int64_t fixed = stored + rows + 16 * (s_.height + s_.width);  // the last for tables of a resizing
     // Small maps, of which padding and scratch are the greater part, get a block of at least this size.
     const int64_t room = std::max(call_.promise() - fixed, int64_t(1) << 16), classes = call_.mask.size(1);
     const int64_t most = std::min(std::max<int64_t>(room / bytes_per_class, 1), kMostClasses);
@@ -124,34 +126,29 @@ class Refinement {
     }
   }
 
-  // body(class, row, the row in the type of the sums) for rows of planes, in parallel.
+  // Rows [row][plane][stride] from planes of a tensor; after(row, y) completes each, in parallel.
   template <class F>
-  void for_rows(const Planes<T>& planes, int64_t b, int64_t first, int64_t count, T* to, int64_t stride, const F& body) {
-    parallel_for(0, count * s_.height, 4 * kRows, [&](int64_t begin, int64_t end) {
+  void read(const Planes<T>& planes, int64_t b, int64_t first, int64_t count, T* to, int64_t stride, const F& after) {
+    parallel_for(0, s_.height, kRows, [&](int64_t begin, int64_t end) {
       Buffer<T> scratch(planes.scratch());
-      for (int64_t r = begin; r < end; ++r) {
-        planes.row(b, first + r / s_.height, r % s_.height, to + r * stride, scratch.data());
-        body(r);
+      for (int64_t r = begin * count; r < end * count; ++r) {
+        planes.row(b, first + r % count, r / count, to + r * stride, scratch.data());
+        after(to + r * stride, r / count);
       }
     });
   }
 
   // The clamped border on both sides of a row that stands in its padded plane.
   void pad(T* row) const {
-    std::fill(row, row + s_.left, row[s_.left]);
-    T* const end = row + s_.left + s_.width;
-    std::fill(end, row + s_.stride, end[-1]);
-  }
-
-  void read_padded(const Planes<T>& planes, int64_t b, int64_t first, int64_t count, T* to) {
-    for_rows(planes, b, first, count, to + s_.left, s_.stride, [&](int64_t r) { pad(to + r * s_.stride); });
+    std::fill(row - s_.left, row, row[0]);
+    std::fill(row + s_.width, row - s_.left + s_.stride, row[s_.width - 1]);
   }
 
   void compute_weights(int64_t b) {
     const std::vector<double> term = position_term(call_.options);
     const std::vector<T> position(term.begin(), term.end());
     Buffer<T> planes(s_.channels * s_.height * s_.stride);
-    read_padded(image_, b, 0, s_.channels, planes.data());
+    read(image_, b, 0, s_.channels, planes.data() + s_.left, s_.stride, [&](T* row, int64_t) { pad(row); });
     parallel_for(0, s_.height, kRows, [&](int64_t begin, int64_t end) {
       Buffer<T> scratch((s_.channels + 1) * (s_.neighbours + 1) * kLanes);
       Buffer<int64_t> offsets(s_.neighbours);
@@ -166,15 +163,15 @@ class Refinement {
     for_class_blocks((padded + (direct ? 0 : plane)) * int64_t(sizeof(T)), [&](int64_t first, int64_t count) {
       Buffer<T> planes(count * padded), own(direct ? 0 : count * plane);
       T* const to = direct ? static_cast<T*>(result_row(b, first, 0)) : own.data();
-      read_padded(mask_, b, first, count, planes.data());
-      if (call_.options.num_iter == 0) return write(planes.data() + s_.left, s_.stride, b, first, count);
+      T* const inside = planes.data() + s_.left;
+      read(mask_, b, first, count, inside, s_.stride, [&](T* row, int64_t) { pad(row); });
+      if (call_.options.num_iter == 0) return write(inside, s_.stride, count * s_.stride, b, first, count);
       for (int64_t t = 0; t < call_.options.num_iter; ++t) {
         if (t > 0)
-          parallel_for(0, count * s_.height, 4 * kRows, [&](int64_t begin, int64_t end) {
-            for (int64_t r = begin; r < end; ++r) {
-              T* row = planes.data() + r * s_.stride;
-              std::copy_n(to + r * s_.width, s_.width, row + s_.left);
-              pad(row);
+          parallel_for(0, s_.height, kRows, [&](int64_t begin, int64_t end) {
+            for (int64_t r = begin * count; r < end * count; ++r) {
+              std::copy_n(to + r % count * plane + r / count * s_.width, s_.width, inside + r * s_.stride);
+              pad(inside + r * s_.stride);
             }
           });
         parallel_for(0, s_.height, kRows, [&](int64_t begin, int64_t end) {
@@ -183,7 +180,7 @@ class Refinement {
                                       end);
         });
       }
-      if (!direct) write(to, s_.width, b, first, count);
+      if (!direct) write(to, plane, s_.width, b, first, count);
     });
   }
 
@@ -191,11 +188,10 @@ class Refinement {
     const int64_t row = s_.blocks * kLanes, plane = s_.height * row;
     for_class_blocks(2 * plane * int64_t(sizeof(T)), [&](int64_t first, int64_t count) {
       Buffer<T> ping(count * plane), pong(count * plane);
-      for_rows(mask_, b, first, count, ping.data(), row, [&](int64_t r) {
-        T* grad = ping.data() + r * row;
+      read(mask_, b, first, count, ping.data(), row, [&](T* grad, int64_t y) {
         std::fill(grad + s_.width, grad + row, T(0));
         if (kRounds && call_.options.num_iter > 0)
-          for (int64_t x = 0; x < s_.width; ++x) grad[x] *= T(correction_[r % s_.height * row + x]);
+          for (int64_t x = 0; x < s_.width; ++x) grad[x] *= T(correction_[y * row + x]);
       });
       for (int64_t t = call_.options.num_iter; t-- > 0; std::swap(ping, pong))
         parallel_for(0, s_.height, kRows, [&](int64_t begin, int64_t end) {
@@ -203,22 +199,21 @@ class Refinement {
           kernels_.adjoint[count - 1](s_, ping.data(), weights_.data(), t ? correction_.data() : nullptr, pong.data(),
                                       rows.data(), begin, end);
         });
-      write(ping.data(), row, b, first, count);
+      write(ping.data(), row, count * row, b, first, count);
     });
   }
 
-  // Planes with rows `stride` apart into the result, which in the backward pass may have the mask's size.
-  void write(const T* planes, int64_t stride, int64_t b, int64_t first, int64_t count) {
+  // Planes, and rows of a plane, so far apart into the result, which in the backward pass may have the mask's size.
+  void write(const T* planes, int64_t apart, int64_t stride, int64_t b, int64_t first, int64_t count) {
     const int64_t height = call_.result.size(2), width = call_.result.size(3);
     const bool resized = height != s_.height || width != s_.width;
     const Axis rows(height, resized ? s_.height : 0), columns(width, resized ? s_.width : 0);
     parallel_for(0, count * height, 4 * kRows, [&](int64_t begin, int64_t end) {
       Buffer<T> sums(resized ? width : 0), blended(resized ? s_.width : 0);
       for (int64_t r = begin; r < end; ++r) {
-        const T* from = planes + r * stride;
+        const T *plane = planes + r / height * apart, *from = plane + r % height * stride;
         if (resized) {
-          resize_adjoint(rows, columns, planes + r / height * s_.height * stride, stride, r % height, sums.data(),
-                         blended.data());
+          resize_adjoint(rows, columns, plane, stride, r % height, sums.data(), blended.data());
           from = sums.data();
         }
         writer_.write(from, width, result_row(b, first, r));
@@ -246,9 +241,9 @@ static void check(const char* op, const Tensor& image, const Tensor& mask, const
                   const Options& o) {
   WSSS_CHECK(image.dim() == 4 && mask.dim() == 4, op, ": image and mask must have 4 dimensions");
   WSSS_CHECK(image.size(0) == mask.size(0), op, ": image and mask must agree");
-  WSSS_CHECK(size.empty() || (size.size() == 2 && size[0] > 0 && size[1] > 0), op, ": size must be a height and a width");
-  for (int i = 2; i < 4; ++i)
-    WSSS_CHECK(image.size(i) > 0 && mask.size(i) > 0, op, ": a spatial extent must not be 0");
+  WSSS_CHECK(size.empty() || (size.size() == 2 && size[0] > 0 && size[1] > 0), op,
+             ": size must be a height and a width");
+  for (int i = 2; i < 4; ++i) WSSS_CHECK(image.size(i) > 0 && mask.size(i) > 0, op, ": a spatial extent must not be 0");
   WSSS_CHECK(image.scalar_type() == mask.scalar_type(), op, ": image and mask must have one dtype");
   WSSS_CHECK(!o.dilations.empty() && o.num_iter >= 0 && image.size(1) > 0, op,
              ": no dilation, no channel, or num_iter < 0");
