@@ -18,7 +18,7 @@ constexpr int64_t kMostClasses = 6, kLanes = 16, kRows = 4;
 
 template <class T, class W>
 struct ParKernels {
-  void (*weights)(const ParShape&, const T*, const T*, W*, float*, T*, int64_t*, int64_t, int64_t);
+  void (*weights)(const ParShape&, const T*, int64_t, const T*, W*, float*, T*, int64_t*, int64_t, int64_t);
   void (*iterate[kMostClasses])(const ParShape&, const T*, const W*, const float*, T*, int64_t*, int64_t, int64_t);
   void (*adjoint[kMostClasses])(const ParShape&, const T*, const W*, const float*, T*, T*, int64_t, int64_t);
 };
@@ -110,15 +110,20 @@ class Refinement {
  private:
   static constexpr bool kRounds = sizeof(W) != sizeof(T);
 
-  // Classes in blocks: as many as the promise has room for beside the weights, in parts of about one size.
+  // Bytes that the promise has room for beside the weights and each thread's elements and offsets. Small maps, of which
+  // padding and scratch are the greater part, get a room of at least this size.
+  int64_t room(int64_t per_thread) const {
+    const int64_t stored = weights_.size() * int64_t(sizeof(W)) + correction_.size() * int64_t(sizeof(float));
+    const int64_t tables = 16 * (s_.height + s_.width);  // of a resizing
+    const int64_t own = per_thread * int64_t(sizeof(T)) + s_.neighbours * int64_t(sizeof(int64_t));
+    return std::max(call_.promise() - stored - tables - torch::stable::get_num_threads() * own, int64_t(1) << 16);
+  }
+
+  // Classes in blocks: as many as there is room for, in parts of about one size.
   template <class F>
   void for_class_blocks(int64_t bytes_per_class, const F& body) const {
-    const int64_t stored = weights_.size() * int64_t(sizeof(W)) + correction_.size() * int64_t(sizeof(float));
-    const int64_t rows = torch::stable::get_num_threads() * kMostClasses * s_.stride * int64_t(sizeof(T));
-    const int64_t fixed = stored + rows + 16 * (s_.height + s_.width);  // the last for tables of a resizing
-    // Small maps, of which padding and scratch are the greater part, get a block of at least this size.
-    const int64_t room = std::max(call_.promise() - fixed, int64_t(1) << 16), classes = call_.mask.size(1);
-    const int64_t most = std::min(std::max<int64_t>(room / bytes_per_class, 1), kMostClasses);
+    const int64_t fit = room(kMostClasses * s_.stride) / bytes_per_class, classes = call_.mask.size(1);
+    const int64_t most = std::min(std::max<int64_t>(fit, 1), kMostClasses);
     const int64_t parts = (classes + most - 1) / most;
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t first = classes * part / parts;
@@ -126,14 +131,16 @@ class Refinement {
     }
   }
 
-  // Rows [row][plane][stride] from planes of a tensor; after(row, y) completes each, in parallel.
+  // Rows [top, bottom) of planes of a tensor to [row][plane][stride]; after(row, y) completes each, in parallel.
   template <class F>
-  void read(const Planes<T>& planes, int64_t b, int64_t first, int64_t count, T* to, int64_t stride, const F& after) {
-    parallel_for(0, s_.height, kRows, [&](int64_t begin, int64_t end) {
+  void read(const Planes<T>& planes, int64_t b, int64_t first, int64_t count, int64_t top, int64_t bottom, T* to,
+            int64_t stride, const F& after) {
+    parallel_for(top, bottom, kRows, [&](int64_t begin, int64_t end) {
       Buffer<T> scratch(planes.scratch());
       for (int64_t r = begin * count; r < end * count; ++r) {
-        planes.row(b, first + r % count, r / count, to + r * stride, scratch.data());
-        after(to + r * stride, r / count);
+        T* row = to + (r - top * count) * stride;
+        planes.row(b, first + r % count, r / count, row, scratch.data());
+        after(row, r / count);
       }
     });
   }
@@ -144,17 +151,26 @@ class Refinement {
     std::fill(row + s_.width, row - s_.left + s_.stride, row[s_.width - 1]);
   }
 
+  // From the image in bands of rows, with the rows in reach of them: as high as there is room for.
   void compute_weights(int64_t b) {
     const std::vector<double> term = position_term(call_.options);
     const std::vector<T> position(term.begin(), term.end());
-    Buffer<T> planes(s_.channels * s_.height * s_.stride);
-    read(image_, b, 0, s_.channels, planes.data() + s_.left, s_.stride, [&](T* row, int64_t) { pad(row); });
-    parallel_for(0, s_.height, kRows, [&](int64_t begin, int64_t end) {
-      Buffer<T> scratch((s_.channels + 1) * (s_.neighbours + 1) * kLanes);
-      Buffer<int64_t> offsets(s_.neighbours);
-      kernels_.weights(s_, planes.data(), position.data(), weights_.data(), correction_.data(), scratch.data(),
-                       offsets.data(), begin, end);
-    });
+    const int64_t row = s_.channels * s_.stride, reach = *std::max_element(dy_.begin(), dy_.end());
+    const int64_t per_thread = (s_.channels + 1) * (s_.neighbours + 1) * kLanes;
+    const int64_t fit = room(per_thread) / (row * int64_t(sizeof(T)));
+    const int64_t band = fit >= s_.height ? s_.height : std::max(fit - 2 * reach, std::max(reach, kRows));
+    Buffer<T> planes(std::min(band + 2 * reach, s_.height) * row);
+    for (int64_t top = 0; top < s_.height; top += band) {
+      const int64_t bottom = std::min(top + band, s_.height), first = std::max<int64_t>(top - reach, 0);
+      read(image_, b, 0, s_.channels, first, std::min(bottom + reach, s_.height), planes.data() + s_.left, s_.stride,
+           [&](T* to, int64_t) { pad(to); });
+      parallel_for(top, bottom, kRows, [&](int64_t begin, int64_t end) {
+        Buffer<T> scratch(per_thread);
+        Buffer<int64_t> offsets(s_.neighbours);
+        kernels_.weights(s_, planes.data(), first, position.data(), weights_.data(), correction_.data(), scratch.data(),
+                         offsets.data(), begin, end);
+      });
+    }
   }
 
   void forward(int64_t b) {
@@ -164,7 +180,7 @@ class Refinement {
       Buffer<T> planes(count * padded), own(direct ? 0 : count * plane);
       T* const to = direct ? static_cast<T*>(result_row(b, first, 0)) : own.data();
       T* const inside = planes.data() + s_.left;
-      read(mask_, b, first, count, inside, s_.stride, [&](T* row, int64_t) { pad(row); });
+      read(mask_, b, first, count, 0, s_.height, inside, s_.stride, [&](T* row, int64_t) { pad(row); });
       if (call_.options.num_iter == 0) return write(inside, s_.stride, count * s_.stride, b, first, count);
       for (int64_t t = 0; t < call_.options.num_iter; ++t) {
         if (t > 0)
@@ -188,7 +204,7 @@ class Refinement {
     const int64_t row = s_.blocks * kLanes, plane = s_.height * row;
     for_class_blocks(2 * plane * int64_t(sizeof(T)), [&](int64_t first, int64_t count) {
       Buffer<T> ping(count * plane), pong(count * plane);
-      read(mask_, b, first, count, ping.data(), row, [&](T* grad, int64_t y) {
+      read(mask_, b, first, count, 0, s_.height, ping.data(), row, [&](T* grad, int64_t y) {
         std::fill(grad + s_.width, grad + row, T(0));
         if (kRounds && call_.options.num_iter > 0)
           for (int64_t x = 0; x < s_.width; ++x) grad[x] *= T(correction_[y * row + x]);
