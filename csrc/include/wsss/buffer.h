@@ -54,15 +54,15 @@ class Buffer {
  private:
   void allocate(int64_t count) {
     if (count <= 0) return;
-    constexpr int64_t kHuge = 2 << 20;
-    const int64_t wanted = count * int64_t(sizeof(T));
-    const int64_t align = wanted >= 2 * kHuge ? kHuge : 64;
-    bytes_ = (wanted + align - 1) / align * align;
-    data_ = static_cast<T*>(std::aligned_alloc(size_t(align), size_t(bytes_)));
-    if (!data_) throw std::bad_alloc();
+    constexpr int64_t kHuge = 2 << 20, kLine = 64;
+    bytes_ = (count * int64_t(sizeof(T)) + kLine - 1) / kLine * kLine;
+    void* memory = nullptr;
+    if (posix_memalign(&memory, size_t(bytes_ >= 2 * kHuge ? kHuge : kLine), size_t(bytes_))) throw std::bad_alloc();
+    data_ = static_cast<T*>(memory);
 #if defined(__linux__)
-    // A workspace of many megabytes costs more in page faults than in work; huge pages take 512 times fewer.
-    if (align == kHuge) madvise(data_, size_t(bytes_), MADV_HUGEPAGE);
+    // A workspace of many megabytes costs more in page faults than in work; huge pages take 512 times fewer. Whole ones
+    // only: the rest of the last would be memory that nobody asked for.
+    if (bytes_ >= 2 * kHuge) madvise(memory, size_t(bytes_ / kHuge * kHuge), MADV_HUGEPAGE);
 #endif
     const char* poison = std::getenv("WSSS_POISON");
     if (poison && *poison == '1') std::memset(static_cast<void*>(data_), 0xff, size_t(bytes_));

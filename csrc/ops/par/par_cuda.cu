@@ -178,9 +178,9 @@ Tensor refine(const Tensor& image, const Tensor& mask, const std::vector<int64_t
   WSSS_CHECK(image.scalar_type() == mask.scalar_type(), "par: image and mask must have one dtype");
   WSSS_CHECK(!dilations.empty() && dilations.size() <= size_t(kMaxDilations), "par: 1 to ", kMaxDilations,
              " dilations expected, got ", dilations.size());
-  for (const int64_t d : dilations)
-    WSSS_CHECK(d >= 1 && d < (1 << 30), "par: every dilation must be from 1 to 2^30, got ", d);
-  WSSS_CHECK(num_iter >= 0 && num_iter < (1 << 30), "par: num_iter must not be negative, got ", num_iter);
+  for (const int64_t d : dilations) WSSS_CHECK(d >= 1, "par: every dilation must be at least 1, got ", d);
+  WSSS_CHECK(num_iter >= 0 && num_iter < (int64_t(1) << 31), "par: num_iter must be from 0 to 2^31 - 1, got ",
+             num_iter);
   WSSS_CHECK(image.size(1) < (1 << 24) && image.size(2) < (1 << 30) && image.size(3) < (1 << 30),
              "par: the map is too large");
   const Tensor own_image = torch::stable::contiguous(image), own_mask = torch::stable::contiguous(mask);
@@ -203,13 +203,15 @@ Tensor refine(const Tensor& image, const Tensor& mask, const std::vector<int64_t
   return result;
 }
 
-Tensor par_fwd(const Tensor& image, const Tensor& mask, std::vector<int64_t> dilations, int64_t num_iter, bool pamr,
-               double w1, double w2, double w3, bool exact) {
+Tensor par_fwd(const Tensor& image, const Tensor& mask, std::vector<int64_t> size, std::vector<int64_t> dilations,
+               int64_t num_iter, bool pamr, double w1, double w2, double w3, bool exact) {
+  WSSS_CHECK(size.empty(), "par: masks of the image's size expected");
   return refine(image, mask, dilations, num_iter, pamr, w1, w2, w3, exact, false);
 }
 
-Tensor par_bwd(const Tensor& image, const Tensor& grad, std::vector<int64_t> dilations, int64_t num_iter, bool pamr,
-               double w1, double w2, double w3, bool exact) {
+Tensor par_bwd(const Tensor& image, const Tensor& grad, std::vector<int64_t> size, std::vector<int64_t> dilations,
+               int64_t num_iter, bool pamr, double w1, double w2, double w3, bool exact) {
+  WSSS_CHECK(size.empty(), "par: masks of the image's size expected");
   return refine(image, grad, dilations, num_iter, pamr, w1, w2, w3, exact, true);
 }
 

@@ -141,7 +141,28 @@ __device__ __forceinline__ void end_dilation(A* total, A* sum) {
   }
 }
 
-template <class A>
+// Positions along one axis.
+struct Range {
+  int first, last;
+};
+// The positions q with clamp(q + shift) = p.
+__device__ __forceinline__ Range sources(int p, int shift, int size) {
+  if (shift > 0)
+    return p < size - 1 ? Range{p - shift, p - shift >= 0 ? p - shift : p - shift - 1}
+                        : Range{max(0, size - 1 - shift), size - 1};
+  if (shift < 0) return p > 0 ? Range{p - shift, min(p - shift, size - 1)} : Range{0, min(size - 1, -shift)};
+  return {p, p};
+}
+// What a step reads for p: its neighbour, or in the adjoint all whose neighbour it is.
+template <bool kTransposed>
+__device__ __forceinline__ Range partners(int p, int shift, int size) {
+  if (kTransposed) return sources(p, shift, size);
+  const int other = clamped(p + shift, size);
+  return {other, other};
+}
+
+// One iteration, or (kTransposed) its adjoint, where a weight is that of the pixel it is read from.
+template <class A, bool kTransposed>
 __global__ void step(const A* image, const A* stats, View<const A> from, View<A> to, Stencil<A> s, int classes) {
   const int64_t size = int64_t(s.height) * s.width, p = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (p >= size) return;
@@ -152,48 +173,13 @@ __global__ void step(const A* image, const A* stats, View<const A> from, View<A>
   A* target = to.at + blockIdx.z * to.image + first * to.plane;
   A total[kClassesPerThread] = {}, sum[kClassesPerThread] = {};
   for (int k = 0; k < 8 * s.count; ++k) {
-    const int64_t q = neighbour(s, y, x, k);
-    const A w = weight(s, image, stats, size, p, q, k);
-    WSSS_UNROLL
-    for (int c = 0; c < kClassesPerThread; ++c)
-      if (first + c < classes) sum[c] = fused(w, source[c * from.plane + q], sum[c]);
-    if (k % 8 == 7) end_dilation(total, sum);
-  }
-  WSSS_UNROLL
-  for (int c = 0; c < kClassesPerThread; ++c)
-    if (first + c < classes) target[c * to.plane + p] = total[c];
-}
-
-// The positions q with clamp(q + shift) = p, along one axis.
-struct Range {
-  int first, last;
-};
-__device__ __forceinline__ Range sources(int p, int shift, int size) {
-  if (shift > 0)
-    return p < size - 1 ? Range{p - shift, p - shift >= 0 ? p - shift : p - shift - 1}
-                        : Range{max(0, size - 1 - shift), size - 1};
-  if (shift < 0) return p > 0 ? Range{p - shift, min(p - shift, size - 1)} : Range{0, min(size - 1, -shift)};
-  return {p, p};
-}
-
-template <class A>
-__global__ void step_transposed(const A* image, const A* stats, View<const A> from, View<A> to, Stencil<A> s,
-                                int classes) {
-  const int64_t size = int64_t(s.height) * s.width, p = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (p >= size) return;
-  const int y = int(p / s.width), x = int(p % s.width), first = int(blockIdx.y) * kClassesPerThread;
-  image += blockIdx.z * size * s.channels;
-  stats += blockIdx.z * size * (s.channels + 2);
-  const A* source = from.at + blockIdx.z * from.image + first * from.plane;
-  A* target = to.at + blockIdx.z * to.image + first * to.plane;
-  A total[kClassesPerThread] = {}, sum[kClassesPerThread] = {};
-  for (int k = 0; k < 8 * s.count; ++k) {
     const int d = s.dilation[k / 8];
-    const Range rows = sources(y, d * direction_y(k), s.height), columns = sources(x, d * direction_x(k), s.width);
+    const Range rows = partners<kTransposed>(y, d * direction_y(k), s.height),
+                columns = partners<kTransposed>(x, d * direction_x(k), s.width);
     for (int i = rows.first; i <= rows.last; ++i)
       for (int j = columns.first; j <= columns.last; ++j) {
         const int64_t q = int64_t(i) * s.width + j;
-        const A w = weight(s, image, stats, size, q, p, k);
+        const A w = kTransposed ? weight(s, image, stats, size, q, p, k) : weight(s, image, stats, size, p, q, k);
         WSSS_UNROLL
         for (int c = 0; c < kClassesPerThread; ++c)
           if (first + c < classes) sum[c] = fused(w, source[c * from.plane + q], sum[c]);

@@ -131,7 +131,7 @@ struct Step {
       if (path != Path::general) return run_tiles(from, to);
     const dim3 grid(parts(int64_t(stencil->height) * stencil->width, 128), parts(classes, kClassesPerThread),
                     unsigned(images));
-    launch(transposed ? step_transposed<A> : step<A>, grid, dim3(128), 0, stream, image, stats, from, to, *stencil,
+    launch(transposed ? step<A, true> : step<A, false>, grid, dim3(128), 0, stream, image, stats, from, to, *stencil,
            classes);
   }
 

@@ -1,4 +1,5 @@
 // Operators of PAR: arguments, blocks of classes, threads, registration.
+#include "ops/par/par_rows.h"
 #include "wsss/tensor.h"
 
 namespace wsss {
@@ -6,11 +7,10 @@ namespace par {
 
 // One image: sizes, padding, and where each neighbour lies.
 struct ParShape {
-  int64_t channels, height, width, blocks, left, stride, above;
+  int64_t channels, height, width, blocks, left, stride;
   int neighbours;
   bool pamr;
   double w1;
-  const int64_t* offsets;  // [height][neighbours], in elements of a padded plane, rows clamped
   const int64_t *dy, *dx;  // [neighbours]
 };
 
@@ -18,10 +18,9 @@ constexpr int64_t kMostClasses = 6, kLanes = 16, kRows = 4;
 
 template <class T, class W>
 struct ParKernels {
-  void (*pad)(const ParShape&, const T*, T*, int64_t, int64_t);
-  void (*weights)(const ParShape&, const T*, const T*, T*, uint16_t*, float*, T*, int64_t, int64_t);
-  void (*adjoint)(const ParShape&, int64_t, const T*, const W*, T*, T*, int64_t, int64_t);
-  void (*iterate[kMostClasses])(const ParShape&, const T*, const W*, const float*, T*, int64_t, int64_t);
+  void (*weights)(const ParShape&, const T*, int64_t, const T*, W*, float*, T*, int64_t*, int64_t, int64_t);
+  void (*iterate[kMostClasses])(const ParShape&, const T*, const W*, const float*, T*, int64_t*, int64_t, int64_t);
+  void (*adjoint[kMostClasses])(const ParShape&, const T*, const W*, const float*, T*, T*, int64_t, int64_t);
 };
 
 #define WSSS_CPU_KERNELS "ops/par/par_cpu.inc"
@@ -30,6 +29,12 @@ struct ParKernels {
 static auto kernels(float, float) { return WSSS_CPU(par_kernels_f32)(); }
 static auto kernels(float, uint16_t) { return WSSS_CPU(par_kernels_f16)(); }
 static auto kernels(double, double) { return WSSS_CPU(par_kernels_f64)(); }
+static RowKernels<double> row_kernels(double, ScalarType) { return WSSS_CPU(par_rows_f64)(); }
+static RowKernels<float> row_kernels(float, ScalarType type) {
+  return type == ScalarType::Half       ? WSSS_CPU(par_rows_f16)()
+         : type == ScalarType::BFloat16 ? WSSS_CPU(par_rows_bf16)()
+                                        : WSSS_CPU(par_rows_f32)();
+}
 
 struct Options {
   std::vector<int64_t> dilations;
@@ -55,173 +60,245 @@ static std::vector<double> position_term(const Options& o) {
   return w;
 }
 
-// The weights of one image and everything that an iteration needs.
+// One call: its tensors, and what it promises to allocate.
+struct Call {
+  const Tensor &image, &mask, &result;  // backward: image, gradient of the result, gradient of the mask
+  const Options& options;
+  int64_t height, width;
+  bool exact;
+
+  // Bytes of 110 (60) float16 planes; float64 takes twice that.
+  int64_t promise() const {
+    return (exact ? 110 : 60) * (image.scalar_type() == ScalarType::Double ? 4 : 2) * height * width;
+  }
+};
+
+// The weights of one image after another, and the iterations with them.
 template <class T, class W>
-class Image {
+class Refinement {
  public:
-  Image(const T* image, int64_t channels, int64_t height, int64_t width, const Options& o)
-      : kernels_(kernels(T{}, W{})) {
+  explicit Refinement(const Call& call)
+      : call_(call),
+        kernels_(kernels(T{}, W{})),
+        image_(call.image, row_kernels(T{}, call.image.scalar_type()), call.height, call.width),
+        mask_(call.mask, row_kernels(T{}, call.mask.scalar_type()), call.height, call.width),
+        writer_(row_kernels(T{}, call.result.scalar_type())) {
+    const Options& o = call.options;
     const int directions[8][2] = {{-1, -1}, {-1, 0}, {-1, 1}, {0, -1}, {0, 1}, {1, -1}, {1, 0}, {1, 1}};
-    int64_t reach = 0, above = 0;
+    int64_t reach = 0;
     for (int64_t d : o.dilations)
       for (const auto& v : directions) {
         // beyond the map every coordinate clamps to the border: a longer step changes nothing
-        dy_.push_back(v[0] * std::min(d, height - 1));
-        dx_.push_back(v[1] * std::min(d, width - 1));
-        above = std::max(above, dy_.back());
+        dy_.push_back(v[0] * std::min(d, call.height - 1));
+        dx_.push_back(v[1] * std::min(d, call.width - 1));
         reach = std::max(reach, dx_.back());
       }
-    const int64_t blocks = (width + kLanes - 1) / kLanes, pad = (reach + kLanes - 1) / kLanes * kLanes;
-    s = {channels, height, width,   blocks,     pad,       2 * pad + blocks * kLanes, above, int(dy_.size()),
-         o.pamr,   o.w1,   nullptr, dy_.data(), dx_.data()};
-    offsets_ = Buffer<int64_t>(height * s.neighbours);
-    for (int64_t y = 0; y < height; ++y)
-      for (int k = 0; k < s.neighbours; ++k)
-        offsets_[y * s.neighbours + k] =
-            (std::min(std::max(y + dy_[k], int64_t(0)), height - 1) - y) * s.stride + dx_[k];
-    s.offsets = offsets_.data();
-    compute_weights(image, position_term(o));
+    const int64_t blocks = (call.width + kLanes - 1) / kLanes, pad = (reach + 7) / 8 * 8;
+    s_ = {call.image.size(1), call.height, call.width, blocks,     pad,       2 * pad + blocks * kLanes,
+          int(dy_.size()),    o.pamr,      o.w1,       dy_.data(), dx_.data()};
+    weights_ = Buffer<W>(s_.height * blocks * s_.neighbours * kLanes);
+    if (kRounds) correction_ = Buffer<float>(s_.height * blocks * kLanes);
   }
 
-  // Classes in blocks, so that the padded planes stay small beside the weights.
-  int64_t classes_at_once(int64_t budget_planes, int64_t plane) const {
-    const int64_t bytes = std::max(budget_planes * 2 * s.height * s.width, int64_t(1) << 20);
-    return std::min<int64_t>(std::max<int64_t>(bytes / (plane * int64_t(sizeof(T))), 1), kMostClasses);
-  }
-
-  void forward(const T* mask, T* result, int64_t classes, int64_t num_iter) {
-    const int64_t most = classes_at_once(budget(), s.height * s.stride), parts = (classes + most - 1) / most;
-    Buffer<T> planes(std::min(most, classes) * s.height * s.stride);
-    for (int64_t part = 0; part < parts; ++part) {
-      const int64_t c0 = classes * part / parts, count = classes * (part + 1) / parts - c0;
-      const auto iterate = kernels_.iterate[count - 1];
-      T* to = result + c0 * s.height * s.width;
-      for (int64_t t = 0; t < num_iter; ++t) {
-        const T* from = t ? to : mask + c0 * s.height * s.width;
-        parallel_for(0, count * s.height, 4 * kRows,
-                     [&](int64_t b, int64_t e) { kernels_.pad(s, from, planes.data(), b, e); });
-        parallel_for(0, s.height, kRows, [&](int64_t b, int64_t e) {
-          iterate(s, planes.data(), weights_.data(), correction_.data(), to, b, e);
-        });
-      }
-    }
-  }
-
-  void backward(const T* grad, T* result, int64_t classes, int64_t num_iter) {
-    const int64_t rows = s.height + 2 * s.above, padded = s.blocks * kLanes, width = s.width;
-    const int64_t most = classes_at_once(budget(), rows * width + s.height * padded);
-    Buffer<T> target(std::min(most, classes) * rows * width), source(std::min(most, classes) * s.height * padded);
-    for (int64_t c0 = 0; c0 < classes; c0 += most) {
-      const int64_t count = std::min(most, classes - c0);
-      for (int64_t t = 0; t <= num_iter; ++t) {
-        const bool last = t == num_iter;
-        parallel_for(0, count * s.height, 4 * kRows, [&](int64_t b, int64_t e) {
-          for (int64_t r = b; r < e; ++r) {
-            const T* from = t ? target.data() + (r / s.height * rows + s.above + r % s.height) * width
-                              : grad + (c0 * s.height + r) * width;
-            T* to = last ? result + (c0 * s.height + r) * width : source.data() + r * padded;
-            fold(from, to, r % s.height, t > 0);
-            if (last) continue;
-            std::fill(to + width, to + padded, T(0));
-            if (correction_.size())
-              for (int64_t x = 0; x < width; ++x) to[x] *= T(correction_[r % s.height * padded + x]);
-          }
-        });
-        if (last) break;
-        parallel_for(0, rows, kRows, [&](int64_t b, int64_t e) {
-          Buffer<T> row(s.stride);
-          kernels_.adjoint(s, count, source.data(), weights_.data(), target.data(), row.data(), b, e);
-        });
-      }
+  void run(bool backward) {
+    for (int64_t b = 0; b < call_.mask.size(0); ++b) {
+      if (call_.options.num_iter > 0) compute_weights(b);
+      backward ? adjoint(b) : forward(b);
     }
   }
 
  private:
-  // float16-plane equivalents left for iteration buffers of 110 (60): 96 are float32 weights, 50 float16 weights.
-  static int64_t budget() { return sizeof(W) == 2 ? 10 : 14; }
+  static constexpr bool kRounds = sizeof(W) != sizeof(T);
 
-  // A row of the target; the first and last one also take what fell above and below the map, in a fixed order.
-  void fold(const T* from, T* to, int64_t y, bool outside) const {
-    std::copy(from, from + s.width, to);
-    if (!outside) return;
-    for (int64_t r = 1; y == 0 && r <= s.above; ++r)
-      for (int64_t x = 0; x < s.width; ++x) to[x] += from[x - r * s.width];
-    for (int64_t r = 1; y == s.height - 1 && r <= s.above; ++r)
-      for (int64_t x = 0; x < s.width; ++x) to[x] += from[x + r * s.width];
+  // Bytes that the promise has room for beside the weights and each thread's elements and offsets. Small maps, of which
+  // padding and scratch are the greater part, get a room of at least this size.
+  int64_t room(int64_t per_thread) const {
+    const int64_t stored = weights_.size() * int64_t(sizeof(W)) + correction_.size() * int64_t(sizeof(float));
+    const int64_t tables = 16 * (s_.height + s_.width);  // of a resizing
+    const int64_t own = per_thread * int64_t(sizeof(T)) + s_.neighbours * int64_t(sizeof(int64_t));
+    return std::max(call_.promise() - stored - tables - torch::stable::get_num_threads() * own, int64_t(1) << 16);
   }
 
-  void compute_weights(const T* image, const std::vector<double>& term) {
-    const bool half = sizeof(W) == 2;
-    const std::vector<T> position(term.begin(), term.end());
-    weights_ = Buffer<W>(s.height * s.blocks * s.neighbours * kLanes);
-    if (half) correction_ = Buffer<float>(s.height * s.blocks * kLanes);
-    Buffer<T> planes(s.channels * s.height * s.stride);
-    parallel_for(0, s.channels * s.height, 4 * kRows,
-                 [&](int64_t b, int64_t e) { kernels_.pad(s, image, planes.data(), b, e); });
-    parallel_for(0, s.height, kRows, [&](int64_t b, int64_t e) {
-      Buffer<T> scratch((s.channels + 2) * (s.neighbours + 1) * kLanes);
-      T* full = half ? nullptr : reinterpret_cast<T*>(weights_.data());
-      uint16_t* rounded = half ? reinterpret_cast<uint16_t*>(weights_.data()) : nullptr;
-      kernels_.weights(s, planes.data(), position.data(), full, rounded, correction_.data(), scratch.data(), b, e);
+  // Classes in blocks: as many as there is room for, in parts of about one size.
+  template <class F>
+  void for_class_blocks(int64_t bytes_per_class, const F& body) const {
+    const int64_t fit = room(kMostClasses * s_.stride) / bytes_per_class, classes = call_.mask.size(1);
+    const int64_t most = std::min(std::max<int64_t>(fit, 1), kMostClasses);
+    const int64_t parts = (classes + most - 1) / most;
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t first = classes * part / parts;
+      body(first, classes * (part + 1) / parts - first);
+    }
+  }
+
+  // Rows [top, bottom) of planes of a tensor to [row][plane][stride]; after(row, y) completes each, in parallel.
+  template <class F>
+  void read(const Planes<T>& planes, int64_t b, int64_t first, int64_t count, int64_t top, int64_t bottom, T* to,
+            int64_t stride, const F& after) {
+    parallel_for(top, bottom, kRows, [&](int64_t begin, int64_t end) {
+      Buffer<T> scratch(planes.scratch());
+      for (int64_t r = begin * count; r < end * count; ++r) {
+        T* row = to + (r - top * count) * stride;
+        planes.row(b, first + r % count, r / count, row, scratch.data());
+        after(row, r / count);
+      }
     });
   }
 
+  // The clamped border on both sides of a row that stands in its padded plane.
+  void pad(T* row) const {
+    std::fill(row - s_.left, row, row[0]);
+    std::fill(row + s_.width, row - s_.left + s_.stride, row[s_.width - 1]);
+  }
+
+  // From the image in bands of rows, with the rows in reach of them: as high as there is room for.
+  void compute_weights(int64_t b) {
+    const std::vector<double> term = position_term(call_.options);
+    const std::vector<T> position(term.begin(), term.end());
+    const int64_t row = s_.channels * s_.stride, reach = *std::max_element(dy_.begin(), dy_.end());
+    const int64_t per_thread = (s_.channels + 1) * (s_.neighbours + 1) * kLanes;
+    const int64_t fit = room(per_thread) / (row * int64_t(sizeof(T)));
+    const int64_t band = fit >= s_.height ? s_.height : std::max(fit - 2 * reach, std::max(reach, kRows));
+    Buffer<T> planes(std::min(band + 2 * reach, s_.height) * row);
+    for (int64_t top = 0; top < s_.height; top += band) {
+      const int64_t bottom = std::min(top + band, s_.height), first = std::max<int64_t>(top - reach, 0);
+      read(image_, b, 0, s_.channels, first, std::min(bottom + reach, s_.height), planes.data() + s_.left, s_.stride,
+           [&](T* to, int64_t) { pad(to); });
+      parallel_for(top, bottom, kRows, [&](int64_t begin, int64_t end) {
+        Buffer<T> scratch(per_thread);
+        Buffer<int64_t> offsets(s_.neighbours);
+        kernels_.weights(s_, planes.data(), first, position.data(), weights_.data(), correction_.data(), scratch.data(),
+                         offsets.data(), begin, end);
+      });
+    }
+  }
+
+  void forward(int64_t b) {
+    const bool direct = element_bytes(call_.result) == sizeof(T);
+    const int64_t plane = s_.height * s_.width, padded = s_.height * s_.stride;
+    for_class_blocks((padded + (direct ? 0 : plane)) * int64_t(sizeof(T)), [&](int64_t first, int64_t count) {
+      Buffer<T> planes(count * padded), own(direct ? 0 : count * plane);
+      T* const to = direct ? static_cast<T*>(result_row(b, first, 0)) : own.data();
+      T* const inside = planes.data() + s_.left;
+      read(mask_, b, first, count, 0, s_.height, inside, s_.stride, [&](T* row, int64_t) { pad(row); });
+      if (call_.options.num_iter == 0) return write(inside, s_.stride, count * s_.stride, b, first, count);
+      for (int64_t t = 0; t < call_.options.num_iter; ++t) {
+        if (t > 0)
+          parallel_for(0, s_.height, kRows, [&](int64_t begin, int64_t end) {
+            for (int64_t r = begin * count; r < end * count; ++r) {
+              std::copy_n(to + r % count * plane + r / count * s_.width, s_.width, inside + r * s_.stride);
+              pad(inside + r * s_.stride);
+            }
+          });
+        parallel_for(0, s_.height, kRows, [&](int64_t begin, int64_t end) {
+          Buffer<int64_t> offsets(s_.neighbours);
+          kernels_.iterate[count - 1](s_, planes.data(), weights_.data(), correction_.data(), to, offsets.data(), begin,
+                                      end);
+        });
+      }
+      if (!direct) write(to, plane, s_.width, b, first, count);
+    });
+  }
+
+  void adjoint(int64_t b) {
+    const int64_t row = s_.blocks * kLanes, plane = s_.height * row;
+    for_class_blocks(2 * plane * int64_t(sizeof(T)), [&](int64_t first, int64_t count) {
+      Buffer<T> ping(count * plane), pong(count * plane);
+      read(mask_, b, first, count, 0, s_.height, ping.data(), row, [&](T* grad, int64_t y) {
+        std::fill(grad + s_.width, grad + row, T(0));
+        if (kRounds && call_.options.num_iter > 0)
+          for (int64_t x = 0; x < s_.width; ++x) grad[x] *= T(correction_[y * row + x]);
+      });
+      for (int64_t t = call_.options.num_iter; t-- > 0; std::swap(ping, pong))
+        parallel_for(0, s_.height, kRows, [&](int64_t begin, int64_t end) {
+          Buffer<T> rows(count * s_.stride);
+          kernels_.adjoint[count - 1](s_, ping.data(), weights_.data(), t ? correction_.data() : nullptr, pong.data(),
+                                      rows.data(), begin, end);
+        });
+      write(ping.data(), row, count * row, b, first, count);
+    });
+  }
+
+  // Planes, and rows of a plane, so far apart into the result, which in the backward pass may have the mask's size.
+  void write(const T* planes, int64_t apart, int64_t stride, int64_t b, int64_t first, int64_t count) {
+    const int64_t height = call_.result.size(2), width = call_.result.size(3);
+    const bool resized = height != s_.height || width != s_.width;
+    const Axis rows(height, resized ? s_.height : 0), columns(width, resized ? s_.width : 0);
+    parallel_for(0, count * height, 4 * kRows, [&](int64_t begin, int64_t end) {
+      Buffer<T> sums(resized ? width : 0), blended(resized ? s_.width : 0);
+      for (int64_t r = begin; r < end; ++r) {
+        const T *plane = planes + r / height * apart, *from = plane + r % height * stride;
+        if (resized) {
+          resize_adjoint(rows, columns, plane, stride, r % height, sums.data(), blended.data());
+          from = sums.data();
+        }
+        writer_.write(from, width, result_row(b, first, r));
+      }
+    });
+  }
+
+  void* result_row(int64_t b, int64_t c, int64_t r) const {
+    const Tensor& t = call_.result;
+    return static_cast<char*>(t.mutable_data_ptr()) +
+           ((b * t.size(1) + c) * t.size(2) + r) * t.size(3) * element_bytes(t);
+  }
+
+  const Call& call_;
   ParKernels<T, W> kernels_;
+  const Planes<T> image_, mask_;
+  const RowKernels<T> writer_;
   std::vector<int64_t> dy_, dx_;
-  Buffer<int64_t> offsets_;
   Buffer<W> weights_;
   Buffer<float> correction_;
-
- public:
-  ParShape s;
+  ParShape s_;
 };
 
-template <class T, class W>
-static void run(const Tensor& image, const Tensor& mask, const Tensor& result, const Options& o, bool backward) {
-  const int64_t q = image.size(1), h = image.size(2), w = image.size(3), c = mask.size(1);
-  for (int64_t b = 0; b < image.size(0) && c > 0; ++b) {
-    Image<T, W> one(in<T>(image) + b * q * h * w, q, h, w, o);
-    const T* from = in<T>(mask) + b * c * h * w;
-    T* to = out<T>(result) + b * c * h * w;
-    backward ? one.backward(from, to, c, o.num_iter) : one.forward(from, to, c, o.num_iter);
-  }
-}
-
-static Tensor apply(const char* op, const Tensor& image, const Tensor& mask, const Options& o, bool exact,
-                    bool backward) {
+static void check(const char* op, const Tensor& image, const Tensor& mask, const std::vector<int64_t>& size,
+                  const Options& o) {
   WSSS_CHECK(image.dim() == 4 && mask.dim() == 4, op, ": image and mask must have 4 dimensions");
-  WSSS_CHECK(image.size(0) == mask.size(0) && image.size(2) == mask.size(2) && image.size(3) == mask.size(3), op,
-             ": image and mask must agree");
+  WSSS_CHECK(image.size(0) == mask.size(0), op, ": image and mask must agree");
+  WSSS_CHECK(size.empty() || (size.size() == 2 && size[0] > 0 && size[1] > 0), op,
+             ": size must be a height and a width");
+  for (int i = 2; i < 4; ++i) WSSS_CHECK(image.size(i) > 0 && mask.size(i) > 0, op, ": a spatial extent must not be 0");
   WSSS_CHECK(image.scalar_type() == mask.scalar_type(), op, ": image and mask must have one dtype");
   WSSS_CHECK(!o.dilations.empty() && o.num_iter >= 0 && image.size(1) > 0, op,
              ": no dilation, no channel, or num_iter < 0");
   for (int64_t d : o.dilations) WSSS_CHECK(d >= 1, op, ": dilation ", d, " < 1");
-  const Tensor i = torch::stable::contiguous(image), m = torch::stable::contiguous(mask);
-  if (o.num_iter == 0) return torch::stable::clone(m);
-  Tensor result = torch::stable::empty_like(m);
-  if (i.scalar_type() == ScalarType::Double) {
+}
+
+// size: of the result, where it is not that of the mask (forward) or of the gradient (backward).
+static Tensor apply(const char* op, const Tensor& image, const Tensor& mask, const std::vector<int64_t>& size,
+                    const Options& o, bool exact, bool backward) {
+  check(op, image, mask, size, o);
+  const int64_t height = size.empty() ? mask.size(2) : size[0], width = size.empty() ? mask.size(3) : size[1];
+  Tensor result = new_empty(mask, std::vector<int64_t>{mask.size(0), mask.size(1), height, width});
+  if (result.numel() == 0) return result;
+  const Call call{image, mask, result, o, backward ? mask.size(2) : height, backward ? mask.size(3) : width, exact};
+  const bool half = mask.scalar_type() == ScalarType::Half || mask.scalar_type() == ScalarType::BFloat16;
+  if (mask.scalar_type() == ScalarType::Double) {
     WSSS_PATH("par.cpu.float64");
-    run<double, double>(i, m, result, o, backward);
-  } else if (i.scalar_type() != ScalarType::Float) {
-    fail("wsss_kernels: ", op, ": float32 or float64 expected, got ", torch::headeronly::toString(i.scalar_type()));
-  } else if (exact) {
-    WSSS_PATH("par.cpu.exact");
-    run<float, float>(i, m, result, o, backward);
-  } else {
+    Refinement<double, double>(call).run(backward);
+  } else if (!half && mask.scalar_type() != ScalarType::Float) {
+    fail("wsss_kernels: ", op, ": floating-point tensors expected, got ",
+         torch::headeronly::toString(mask.scalar_type()));
+  } else if ((half || !exact) && o.w3 >= 0 && o.w3 <= 100) {  // beyond, a position weight may have no float16
     WSSS_PATH("par.cpu.half_weights");
-    run<float, uint16_t>(i, m, result, o, backward);
+    Refinement<float, uint16_t>(call).run(backward);
+  } else {
+    WSSS_PATH("par.cpu.exact");
+    Refinement<float, float>(call).run(backward);
   }
   return result;
 }
 
-static Tensor fwd(const Tensor& image, const Tensor& mask, std::vector<int64_t> dilations, int64_t num_iter, bool pamr,
-                  double w1, double w2, double w3, bool exact) {
-  return apply("par_fwd", image, mask, {std::move(dilations), num_iter, pamr, w1, w2, w3}, exact, false);
+static Tensor fwd(const Tensor& image, const Tensor& mask, std::vector<int64_t> size, std::vector<int64_t> dilations,
+                  int64_t num_iter, bool pamr, double w1, double w2, double w3, bool exact) {
+  return apply("par_fwd", image, mask, size, {std::move(dilations), num_iter, pamr, w1, w2, w3}, exact, false);
 }
 
-static Tensor bwd(const Tensor& image, const Tensor& grad, std::vector<int64_t> dilations, int64_t num_iter, bool pamr,
-                  double w1, double w2, double w3, bool exact) {
-  return apply("par_bwd", image, grad, {std::move(dilations), num_iter, pamr, w1, w2, w3}, exact, true);
+static Tensor bwd(const Tensor& image, const Tensor& grad, std::vector<int64_t> size, std::vector<int64_t> dilations,
+                  int64_t num_iter, bool pamr, double w1, double w2, double w3, bool exact) {
+  return apply("par_bwd", image, grad, size, {std::move(dilations), num_iter, pamr, w1, w2, w3}, exact, true);
 }
 
 }  // namespace par
@@ -229,11 +306,11 @@ static Tensor bwd(const Tensor& image, const Tensor& grad, std::vector<int64_t> 
 
 STABLE_TORCH_LIBRARY_FRAGMENT(wsss, m) {
   m.def(
-      "par_fwd(Tensor image, Tensor mask, int[] dilations, int num_iter, bool pamr, float w1, float w2, float w3, bool "
-      "exact) -> Tensor");
+      "par_fwd(Tensor image, Tensor mask, int[] size, int[] dilations, int num_iter, bool pamr, float w1, float w2, "
+      "float w3, bool exact) -> Tensor");
   m.def(
-      "par_bwd(Tensor image, Tensor grad, int[] dilations, int num_iter, bool pamr, float w1, float w2, float w3, bool "
-      "exact) -> Tensor");
+      "par_bwd(Tensor image, Tensor grad, int[] size, int[] dilations, int num_iter, bool pamr, float w1, float w2, "
+      "float w3, bool exact) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(wsss, CPU, m) {

@@ -8,48 +8,77 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ... import _args
+from ... import _args, _dispatch
 from ..._dispatch import Backend, Operator, apply
 from . import reference
 
 PAR_OP = Operator("par", backends=(Backend("cuda"), Backend("cpu")))
 
-_OPTIONS = "int[] dilations, int num_iter, bool pamr, float w1, float w2, float w3, bool exact"
-_fwd = PAR_OP.raw_op(f"par_fwd(Tensor image, Tensor mask, {_OPTIONS}) -> Tensor", lambda image, mask, *options: mask.new_empty(mask.shape))
-_bwd = PAR_OP.raw_op(f"par_bwd(Tensor image, Tensor grad, {_OPTIONS}) -> Tensor", lambda image, grad, *options: grad.new_empty(grad.shape))
+_MOST_DILATIONS = 192  # kMaxDilations of par_kernels.cuh
+_OPTIONS = "int[] size, int[] dilations, int num_iter, bool pamr, float w1, float w2, float w3, bool exact"
+
+
+def _like(image, mask, size, *options):
+    return mask.new_empty((*mask.shape[:2], *(size or mask.shape[2:])))
+
+
+_fwd = PAR_OP.raw_op(f"par_fwd(Tensor image, Tensor mask, {_OPTIONS}) -> Tensor", _like)
+_bwd = PAR_OP.raw_op(f"par_bwd(Tensor image, Tensor grad, {_OPTIONS}) -> Tensor", _like)
 
 
 class _Par(torch.autograd.Function):
+    """`size` is that of the result where the mask has another, else empty: a shape that no guard depends on."""
+
     @staticmethod
-    def forward(ctx, image, mask, backend, *options):
+    def forward(ctx, image, mask, backend, size, *options):
         ctx.save_for_backward(image)
-        ctx.backend, ctx.options = backend, options
-        return _fwd[backend](image, mask, *options)
+        ctx.backend, ctx.size, ctx.options = backend, list(mask.shape[2:]) if size else [], options
+        return _fwd[backend](image, mask, size, *options)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         (image,) = ctx.saved_tensors
-        return None, _bwd[ctx.backend](image, grad, *ctx.options), None, *[None] * len(ctx.options)
+        return None, _bwd[ctx.backend](image, grad, ctx.size, *ctx.options), None, None, *[None] * len(ctx.options)
 
 
-def _checked(image: Tensor, mask: Tensor, dilations: Sequence[int], num_iter: int, variant: str, resize: str | None) -> list[int]:
+def _checked(
+    image: Tensor, mask: Tensor, dilations: Sequence[int], num_iter: int, variant: str, resize: str | None
+) -> tuple[list[int], int]:
     _args.tensor("par", "image", image, "B×Q×H×W", spatial=2)
     _args.tensor("par", "mask", mask, "B×C×h×w", spatial=2)
     _args.same("par", "image", image.shape[0], "mask", mask.shape[0], "batch size")
     if image.shape[1] == 0:
         raise ValueError(f"par: image must have at least one channel, got {_args.describe(image)}")
     _args.choice("par", "variant", variant, ("par", "pamr"))
-    _args.choice("par", "resize", resize, ("mask", "image", None))
+    steps, num_iter, _ = _module_options(dilations, num_iter, resize)
     if resize is None:
         _args.same("par", "image", image.shape[-2:], "mask", mask.shape[-2:], "height and width (or pass resize='mask' or 'image')")
-    _args.integer("par", "num_iter", num_iter, 0)
+    return steps, num_iter
+
+
+def _resolve(tensors: Sequence[Tensor], backend: str | None, dilations: int) -> str:
+    """The backend of this call. The CUDA kernels get the dilations as an argument, which holds a limited number."""
+    chosen = PAR_OP.resolve(tensors, backend)
+    if chosen == "cuda" and dilations > _MOST_DILATIONS:
+        if backend or _dispatch._requested.get():
+            raise _dispatch.BackendUnavailable(
+                f"par: backend='cuda' cannot run this call: its kernels take at most {_MOST_DILATIONS} dilations, got {dilations}"
+            )
+        return "reference"
+    return chosen
+
+
+def _module_options(dilations: Sequence[int], num_iter: int, resize: str | None) -> tuple[list[int], int, str | None]:
+    """The options that a module is constructed with, checked."""
+    _args.choice("par", "resize", resize, ("mask", "image", None))
+    num_iter = _args.integer("par", "num_iter", num_iter, 0)
     if isinstance(dilations, (int, str)) or not hasattr(dilations, "__iter__"):
         raise TypeError(f"par: dilations must be a sequence of ints, got {_args.describe(dilations)}")
     values = [_args.integer("par", "every dilation", d, 1) for d in dilations]
     if not values:
         raise ValueError("par: dilations must hold at least one dilation, got an empty sequence")
-    return values
+    return values, num_iter, resize
 
 
 def par(
@@ -91,25 +120,29 @@ def par(
     Gradient: with respect to `mask` (the exact adjoint, for which nothing of size P·H·W·C is saved), not `image`.
 
     Raises:
-        TypeError: not tensors, integer tensors, mixed dtypes or devices.
+        TypeError: not tensors, integer tensors, mixed dtypes or devices, dilations or num_iter that are no ints.
         ValueError: wrong rank, batch sizes that differ, an empty map, dilation < 1, no dilation, num_iter < 0.
         NotImplementedError: `image` requires a gradient.
     """
-    steps = _checked(image, mask, dilations, num_iter, variant, resize)
+    steps, num_iter = _checked(image, mask, dilations, num_iter, variant, resize)
+    if not isinstance(exact, bool):
+        raise TypeError(f"par: exact must be True or False, got {_args.describe(exact)}")
     scales = [_args.number("par", name, value, positive=True) for name, value in (("w1", w1), ("w2", w2))]
     w3 = _args.number("par", "w3", w3)
     _args.no_gradient("par", image=image)
     image, mask = _args.align("par", ("image", "mask"), (image, mask), autocast="fp32")
-    chosen = PAR_OP.resolve((image, mask), backend)
+    chosen = _resolve((image, mask), backend, len(steps))
     if chosen == "reference":
         return reference.par(image, mask, steps, num_iter, variant=variant, resize=resize, w1=w1, w2=w2, w3=w3)
-    dtype = image.dtype
-    image, mask = _args.widen(chosen, image, mask)
-    if resize == "mask":
-        mask = reference.resized(mask, image.shape[-2:])
-    elif resize == "image":
-        image = reference.resized(image, mask.shape[-2:])
-    return _args.rounded(apply(_Par, image, mask, chosen, steps, int(num_iter), variant == "pamr", *scales, w3, bool(exact)), dtype)
+    size: list[int] = []
+    if chosen == "cuda":  # the CPU's kernels resize row by row
+        if resize == "mask":
+            mask = reference.resized(mask, image.shape[-2:])
+        elif resize == "image":
+            image = reference.resized(image, mask.shape[-2:])
+    elif resize == "mask" and mask.shape[-2:] != image.shape[-2:]:
+        size = list(image.shape[-2:])
+    return apply(_Par, image, mask, chosen, size, steps, num_iter, variant == "pamr", *scales, w3, exact)
 
 
 def _one_hot(positions: Sequence[tuple[int, int]], value: float = 1.0) -> Tensor:
@@ -143,11 +176,14 @@ class PAR(_Kernel):
         dilations: distances of the neighbours in pixels.
         num_iter: number of iterations.
         resize: as in `wsss_kernels.par`.
+
+    Raises:
+        TypeError, ValueError: as `wsss_kernels.par` does for these arguments, at construction.
     """
 
     def __init__(self, dilations: Sequence[int], num_iter: int, *, resize: str | None = "mask"):
         super().__init__(_one_hot(reference.DIRECTIONS))
-        self.dilations, self.num_iter, self.resize = list(dilations), num_iter, resize
+        self.dilations, self.num_iter, self.resize = _module_options(dilations, num_iter, resize)
 
     def forward(self, imgs: Tensor, masks: Tensor) -> Tensor:
         """`Tensor[B, Q, H, W]`, `Tensor[B, C, h, w]` → `Tensor[B, C, H, W]`."""
@@ -164,11 +200,14 @@ class PAMR(nn.Module):
         num_iter: number of iterations.
         dilations: distances of the neighbours in pixels.
         resize: as in `wsss_kernels.par`.
+
+    Raises:
+        TypeError, ValueError: as `wsss_kernels.par` does for these arguments, at construction.
     """
 
     def __init__(self, num_iter: int = 1, dilations: Sequence[int] = (1,), *, resize: str | None = "mask"):
         super().__init__()
-        self.num_iter, self.dilations, self.resize = num_iter, list(dilations), resize
+        self.dilations, self.num_iter, self.resize = _module_options(dilations, num_iter, resize)
         centre = _one_hot([(0, 0)] * 8)
         window = sorted((*reference.DIRECTIONS, (0, 0)))
         self.aff_x = _Kernel(centre + _one_hot(reference.DIRECTIONS, -1.0))

@@ -91,6 +91,7 @@ def malformed() -> list[Malformed]:
         Malformed("variant", (image, mask), {"variant": "pam"}, ValueError, "variant must be one of 'par', 'pamr', got 'pam'"),
         Malformed("resize", (image, mask), {"resize": "both"}, ValueError, "resize must be one of 'mask', 'image', None, got 'both'"),
         Malformed("NaN scale", (image, mask), {"w1": float("nan")}, ValueError, "w1 must be a positive finite number, got nan"),
+        Malformed("exact", (image, mask), {"exact": "no"}, TypeError, "exact must be True or False, got 'no'"),
         Malformed("zero scale", (image, mask), {"w2": 0.0}, ValueError, "w2 must be a positive finite number, got 0.0"),
     ]
 
