@@ -79,10 +79,10 @@ def _encoder_kernel(out_ptr, features, source, decoder, gradient, slope_ptr, gat
             norm = tl.load(norms + column, mask=column < n, other=0.0)
             inside = (column < n)[:, None] & (channel < channels)[None, :]
             y = tl.load(start + column.to(tl.int64)[:, None] * per_token, mask=inside, other=0.0).to(kind)
-            acc = dot(w * norm[None, :], y, acc, PRECISION)
+            acc = dot(w, y * norm[:, None], acc, PRECISION)
         norm = tl.load(norms + row, mask=row < n, other=0.0)
         x = tl.load(start + row.to(tl.int64)[:, None] * per_token, mask=used, other=0.0).to(kind)
-        acc = (acc - x * (norm * along)[:, None]) * norm[:, None]
+        acc = (acc - (x * norm[:, None]) * along[:, None]) * norm[:, None]
     at = ((image * layers + layer) * channels + channel)[None, :] * n + row[:, None]
     tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=used)
 

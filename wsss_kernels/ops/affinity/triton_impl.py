@@ -7,6 +7,8 @@ equal bits, stored or recomputed. The gate is chosen on the device; `triton_adjo
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -17,8 +19,15 @@ from ..sinkhorn.triton_impl import kind_of, stored, stored_tile
 
 
 @triton.jit
-def gram(feature, per_channel, per_token, channels, row, column, n, kind: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr):
-    """A tile of FᵀF of features [channels][n], half types multiplied as such and added in float32; 0 outside."""
+def gram(feature, per_channel, per_token, channels, row, column, n, kind: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr,
+         inverse=None):  # fmt: skip
+    """A tile of FᵀF of features [channels][n], half types multiplied as such and added in float32; 0 outside.
+
+    With `inverse` each token's features are multiplied by its number before, which keeps products of long and short vectors in range.
+    """
+    if inverse is not None:
+        by_row = tl.load(inverse + row, mask=row < n, other=0.0)
+        by_column = tl.load(inverse + column, mask=column < n, other=0.0)
     k = tl.arange(0, BK)
     acc = tl.zeros((row.shape[0], column.shape[0]), kind)
     left = feature + row.to(tl.int64)[:, None] * per_token
@@ -28,6 +37,8 @@ def gram(feature, per_channel, per_token, channels, row, column, n, kind: tl.con
         inside = start + k < channels
         x = tl.load(left + channel[None, :], mask=(row < n)[:, None] & inside[None, :], other=0.0)
         y = tl.load(right + channel[:, None], mask=(column < n)[None, :] & inside[:, None], other=0.0)
+        if inverse is not None:
+            x, y = x * by_row[:, None], y * by_column[None, :]
         acc = dot(x, y, acc, PRECISION)
     return acc
 
@@ -44,9 +55,12 @@ def candidate_tile(source, image, layer, row, column, n, TURNED: tl.constexpr, k
     else:
         feature, per_image, per_layer, per_channel, per_token, channels, inverse, layers = source
         start = feature + image * per_image + layer * per_layer
-        a = gram(start, per_channel, per_token, channels, row, column, n, kind, OPTIONS[4], OPTIONS[5])
         place = inverse + (image * layers + layer) * n
-        a = a * (tl.load(place + row, mask=row < n, other=0.0)[:, None] * tl.load(place + column, mask=column < n, other=0.0)[None, :])
+        if feature.dtype.element_ty.primitive_bitwidth == 16:
+            a = gram(start, per_channel, per_token, channels, row, column, n, kind, OPTIONS[4], OPTIONS[5])
+            a = a * (tl.load(place + row, mask=row < n, other=0.0)[:, None] * tl.load(place + column, mask=column < n, other=0.0)[None, :])
+        else:
+            a = gram(start, per_channel, per_token, channels, row, column, n, kind, OPTIONS[4], OPTIONS[5], place)
     if OPTIONS[2] is not None:
         a = tl.where(a <= OPTIONS[2], OPTIONS[2], a)
     return a
@@ -187,30 +201,35 @@ def _refined_kernel(out_ptr, decoder, encoder, gate, first, layers, n, blocks, k
 
 @triton.jit
 def _inverse_norm_kernel(x_ptr, out_ptr, per_image, per_layer, per_channel, per_token, first, layers, channels, n, blocks,
-                         LEAST: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    """1/‖column‖, 0 for columns whose squares (added in float64) are at most LEAST, of the layers from `first` on."""
+                         BM: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """1/‖column‖, 0 for zero columns, of the layers from `first` on. Squares are those of columns divided by their largest entry."""
     which = tl.program_id(0) // blocks
     image, layer = (which // (layers - first)).to(tl.int64), first + which % (layers - first)
     token, k = (tl.program_id(0) % blocks) * BM + tl.arange(0, BM), tl.arange(0, BK)
     start = x_ptr + image * per_image + layer.to(tl.int64) * per_layer + token.to(tl.int64)[None, :] * per_token
-    square = tl.zeros((BM,), tl.float64)
+    largest, square = tl.zeros((BM,), tl.float64), tl.zeros((BM,), tl.float64)
     for begin in range(0, channels, BK):
         inside = (begin + k < channels)[:, None] & (token < n)[None, :]
         x = tl.load(start + (begin + k).to(tl.int64)[:, None] * per_channel, mask=inside, other=0.0).to(out_ptr.dtype.element_ty)
-        x = x.to(tl.float64)
+        largest = tl.maximum(largest, tl.max(tl.abs(x), axis=0).to(tl.float64))
+    zero = largest == 0
+    largest = tl.where(zero, 1.0, largest)
+    for begin in range(0, channels, BK):
+        inside = (begin + k < channels)[:, None] & (token < n)[None, :]
+        x = tl.load(start + (begin + k).to(tl.int64)[:, None] * per_channel, mask=inside, other=0.0).to(out_ptr.dtype.element_ty)
+        x = x.to(tl.float64) / largest[None, :]
         square += tl.sum(x * x, axis=0)
-    zero = square <= LEAST
-    inverse = tl.where(zero, 0.0, 1.0 / tl.sqrt(tl.where(zero, 1.0, square)))
+    inverse = tl.where(zero, 0.0, 1.0 / (largest * tl.sqrt(tl.where(zero, 1.0, square))))
     tl.store(out_ptr + (image * layers + layer) * n + token, inverse.to(out_ptr.dtype.element_ty), mask=token < n)
 
 
 def inverse_norms(features: Tensor, first: int = 0) -> Tensor:
-    """Of B×L×C×N features, B×L×N. Below 10⁻¹⁸ the inner products of float32 vanish, as the vectors then count as zero."""
+    """Of B×L×C×N features, B×L×N."""
     batch, layers, channels, n = features.shape
     out = features.new_empty(batch, layers, n, dtype=accumulator(features.dtype))
     blocks = triton.cdiv(n, 64)
     launch("affinity.inverse_norms", _inverse_norm_kernel, (batch * (layers - first) * blocks,), features, out, *features.stride(), first,
-           layers, channels, n, blocks, LEAST=0.0 if features.dtype == torch.float64 else 1e-36, BM=64, BK=32, num_warps=4)  # fmt: skip
+           layers, channels, n, blocks, BM=64, BK=32, num_warps=4)  # fmt: skip
     return out
 
 
@@ -278,9 +297,15 @@ def select(
     return gate, deviation
 
 
+def _stack(t: Tensor) -> Tensor:
+    """`…×C×N` as `B×C×N`."""
+    return t.reshape(math.prod(t.shape[:-2]), *t.shape[-2:])
+
+
 def affinity_fwd(feature: Tensor, cosine: bool, scale: float, clamp_min: float | None) -> Tensor:
-    out = feature.new_empty(feature.shape[0], feature.shape[2], feature.shape[2])
-    return square("affinity.triton", feature, cosine, scale, clamp_min, out)
+    out = feature.new_empty(*feature.shape[:-2], feature.shape[-1], feature.shape[-1])
+    square("affinity.triton", _stack(feature), cosine, scale, clamp_min, _stack(out))
+    return out
 
 
 def affinity_deviation_fwd(decoder: Tensor, encoder: Tensor, signed: bool) -> Tensor:
@@ -310,7 +335,7 @@ def refining_map_fwd(
 def affinity_bwd(grad: Tensor, affinity: Tensor, feature: Tensor, cosine: bool, scale: float, clamp_min: float | None) -> Tensor:
     from . import triton_adjoint
 
-    return triton_adjoint.square(grad, affinity, feature, cosine, scale, clamp_min)
+    return triton_adjoint.square(*map(_stack, (grad, affinity, feature)), cosine, scale, clamp_min).reshape(feature.shape)
 
 
 def affinity_deviation_bwd(grad: Tensor, decoder: Tensor, encoder: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
