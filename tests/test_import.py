@@ -20,7 +20,9 @@ print(seconds, torch.cuda.is_initialized(), 'triton' in added, ' '.join(sorted(a
 
 
 def run() -> list[str]:
-    env = {k: v for k, v in os.environ.items() if k not in ("WSSS_CUDA_EMULATOR", "TRITON_INTERPRET", "WSSS_KERNELS_BACKEND")}
+    """Imports as an installed package does: its files are compiled once, whatever this environment says of byte code."""
+    forgotten = ("WSSS_CUDA_EMULATOR", "TRITON_INTERPRET", "WSSS_KERNELS_BACKEND", "PYTHONDONTWRITEBYTECODE")
+    env = {k: v for k, v in os.environ.items() if k not in forgotten}
     result = subprocess.run([sys.executable, "-c", PROGRAM], env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout.split()

@@ -76,20 +76,26 @@ def scalar(op: str, name: str, value: object, like: torch.Tensor, *, positive: b
     """
     if not isinstance(value, torch.Tensor):
         return torch.full((), number(op, name, value, positive=positive), dtype=torch.float64, device=like.device)
+    return _learnt(op, name, value, like).double()
+
+
+def _learnt(op: str, name: str, value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     if not value.is_floating_point() or value.dim() != 0:
         raise TypeError(f"{op}: {name} must be a number or a floating-point tensor of shape (), got {describe(value)}")
     if value.device != like.device:
         raise TypeError(f"{op}: {name} must be on {like.device} as the other tensors, got {value.device}")
     if value.dtype != like.dtype and not torch.is_autocast_enabled(like.device.type):
         raise TypeError(f"{op}: {name} must have the dtype of the other tensors, {like.dtype}, got {value.dtype}")
-    return value.double()
+    return value
 
 
 def scalars(op: str, values: dict[str, object], like: torch.Tensor, *, positive: Sequence[str] = ()) -> torch.Tensor:
     """`scalar` of several parameters, in one tensor of as many elements."""
-    for value in values.values():
-        if isinstance(value, torch.Tensor):
-            return torch.stack([scalar(op, name, v, like, positive=name in positive) for name, v in values.items()])
+    tensors = [_learnt(op, name, v, like) for name, v in values.items() if isinstance(v, torch.Tensor)]
+    if tensors:
+        if len(tensors) == len(values) and all(t.dtype == tensors[0].dtype for t in tensors):
+            return torch.stack(tensors).double()  # one conversion instead of one for each
+        return torch.stack([scalar(op, name, v, like, positive=name in positive) for name, v in values.items()])
     numbers = [number(op, name, v, positive=name in positive) for name, v in values.items()]
     return torch.tensor(numbers, dtype=torch.float64, device=like.device)
 
