@@ -109,6 +109,8 @@ def test_a_tangent_is_refused_and_not_lost():
 
 
 # What still misses the 30 µs: lists of maps, six tensors, constants that become a tensor. Measured at 31 to 51 µs on a busy machine.
+CLONE = 1300
+"""Nanoseconds of `x.clone()` on the processor that the 30 µs are meant for; where that is slower, so is everything."""
 OVERHEAD = {"exchange_attention": 60, "fuse_cams": 60, "kmeans": 45, "uncertainty_info_nce": 75, "uncertainty_similarity": 60}
 
 
@@ -143,12 +145,17 @@ def test_overhead_over_the_raw_operators(spec):
     sample = next(s for s in spec.samples() if s.small)
     args, kwargs = cast((sample.args, dict(sample.kwargs)), torch.float32)
 
-    best = float("inf")  # the fastest of many calls: what the code costs, not what a busy machine adds
+    best = clone = float("inf")  # the fastest of many calls: what the code costs, not what a busy machine adds
+    small = torch.ones(3)
     with timed_kernels() as spent, threads(1):
         for _ in range(3000):
             spent.clear()
             start = time.perf_counter_ns()
             spec.public(*args, **kwargs)
-            best = min(best, time.perf_counter_ns() - start - sum(spent))
+            end = time.perf_counter_ns()
+            small.clone()
+            clone = min(clone, time.perf_counter_ns() - end)
+            best = min(best, end - start - sum(spent))
     assert spent, "no kernel was started"
-    assert best < 1e3 * OVERHEAD.get(spec.name, 30), f"{best / 1e3:.1f} µs beside the kernels"
+    allowed = OVERHEAD.get(spec.name, 30) * max(1, clone / CLONE)
+    assert best < 1e3 * allowed, f"{best / 1e3:.1f} µs beside the kernels, {allowed:.0f} allowed where a clone takes {clone / 1e3:.1f} µs"
