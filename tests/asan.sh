@@ -22,8 +22,10 @@ export ASAN_OPTIONS=detect_leaks=0:log_path=$reports/asan
 export UBSAN_OPTIONS=print_stacktrace=1:log_path=$reports/ubsan
 # Without PYTHONMALLOC=malloc, small arrays of Python would come from pools that the sanitizer cannot look into.
 export PYTHONMALLOC=malloc PYTHONPATH=$copy
+# Python itself does not link libstdc++: unless it is there from the start, the sanitizer finds no __cxa_throw to wrap, and the
+# first library that throws (Triton's does, on import) ends the process.
 status=0
-LD_PRELOAD=$(${CXX:-g++} -print-file-name=libasan.so) "$python" -m pytest -q -p no:cacheprovider "$@" || status=$?
+LD_PRELOAD="$(${CXX:-g++} -print-file-name=libasan.so) $(${CXX:-g++} -print-file-name=libstdc++.so)" "$python" -m pytest -q -p no:cacheprovider "$@" || status=$?
 if compgen -G "$reports/*" > /dev/null; then
     cat "$reports"/*
     echo "asan: the sanitizers reported errors (above)" >&2
