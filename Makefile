@@ -61,7 +61,7 @@ demo: $(STAMPS)/built ## refines photographs and shows our time and memory again
 
 MATRIX = tests/test_ops.py tests/test_gradients.py tests/test_layouts.py
 # Only where no time and no process memory is measured.
-SHARED_OUT = $(PYTEST) -n $(shell nproc) -m "not slow"
+SHARED_OUT = $(PYTEST) -n $(shell nproc) --dist worksteal -m "not slow"
 test: $(STAMPS)/built ctest ## the whole suite (slow tests excepted), at every instruction-set level, in the emulators, and ctest
 	$(PYTEST) -m "not slow"
 	@echo "== CPU kernels at the lower instruction-set levels"

@@ -33,13 +33,8 @@ Tensor box_mask_fwd(const Tensor& cam, double threshold, bool clip_border) {
   return mask;
 }
 
-// mask: bool or uint8.
 Tensor connected_components_fwd(const Tensor& mask, int64_t connectivity) {
-  const Maps maps("connected_components", mask);
-  WSSS_CHECK(connectivity == 4 || connectivity == 8, "connected_components: connectivity must be 4 or 8, got ",
-             connectivity);
-  WSSS_CHECK(mask.scalar_type() == ScalarType::Bool || mask.scalar_type() == ScalarType::Byte,
-             "connected_components: bool or uint8 expected, got ", torch::headeronly::toString(mask.scalar_type()));
+  const Maps maps = checked_components(mask, connectivity);
   WSSS_PATH("connected_components");
   const Tensor given = dense(mask);
   Tensor label = new_empty(mask, sizes_of(mask), ScalarType::Int);

@@ -22,5 +22,15 @@ struct Maps {
   int64_t pixels() const { return h * w; }
 };
 
+// bool or uint8 maps.
+inline Maps checked_components(const Tensor& mask, int64_t connectivity) {
+  const Maps maps("connected_components", mask);
+  WSSS_CHECK(connectivity == 4 || connectivity == 8, "connected_components: connectivity must be 4 or 8, got ",
+             connectivity);
+  WSSS_CHECK(mask.scalar_type() == ScalarType::Bool || mask.scalar_type() == ScalarType::Byte,
+             "connected_components: bool or uint8 expected, got ", torch::headeronly::toString(mask.scalar_type()));
+  return maps;
+}
+
 }  // namespace box_mask
 }  // namespace wsss

@@ -1,6 +1,5 @@
 // The resize and weighted sum of fuse_cams for CUDA tensors: arguments, launches, registration.
-#include <optional>
-
+#include "ops/cam/fuse_checks.h"
 #include "ops/cam/fuse_kernels.cuh"
 #include "wsss/cuda_tensor.h"
 
@@ -10,9 +9,7 @@ namespace {
 constexpr int kFuseThreads = 256;
 
 void check(const Tensor& map, const Tensor& first, int64_t height, int64_t width) {
-  WSSS_CHECK(map.dim() == 4 && map.size(0) == first.size(0) && map.size(1) == first.size(1) && map.size(2) > 0 &&
-                 map.size(3) > 0 && map.scalar_type() == first.scalar_type() && height > 0 && width > 0,
-             "fuse_cams: maps B×K×h×w of one dtype and a size of at least 1×1 expected");
+  check_map(map, first, height, width);
   for (const int64_t side : {map.size(2), map.size(3), height, width})
     WSSS_CHECK(side < (1 << 30), "fuse_cams: a side must be below 2^30, got ", side);
 }
@@ -21,14 +18,6 @@ dim3 grid_for(int64_t threads) {
   const int64_t blocks = blocks_for(threads, kFuseThreads);
   WSSS_CHECK(blocks < (int64_t(1) << 31), "fuse_cams: the maps are too large");
   return dim3(static_cast<unsigned>(blocks));
-}
-
-std::optional<Tensor> checked_gate(const std::optional<Tensor>& present, const Tensor& map) {
-  if (!present) return std::nullopt;
-  WSSS_CHECK(present->dim() == 2 && present->size(0) == map.size(0) && present->size(1) == map.size(1) &&
-                 present->scalar_type() == map.scalar_type(),
-             "fuse_cams: present must be B×K of the dtype of the maps");
-  return dense(*present);
 }
 
 // `present`, B×K, scales the sum of each plane.

@@ -1,6 +1,6 @@
 // The resize and weighted sum of fuse_cams: arguments, interpolation tables, one thread per plane, registration.
+#include "ops/cam/fuse_checks.h"
 #include "ops/cam/fuse_math.h"
-#include "wsss/tensor.h"
 
 namespace wsss {
 namespace cam {
@@ -33,20 +33,6 @@ struct Axes {
   std::vector<Tap> row, column;
 };
 
-void check(const Tensor& map, const Tensor& first, int64_t height, int64_t width) {
-  WSSS_CHECK(map.dim() == 4 && map.size(0) == first.size(0) && map.size(1) == first.size(1) && map.size(2) > 0 &&
-                 map.size(3) > 0 && map.scalar_type() == first.scalar_type() && height > 0 && width > 0,
-             "fuse_cams: maps B×K×h×w of one dtype and a size of at least 1×1 expected");
-}
-
-std::optional<Tensor> checked_gate(const std::optional<Tensor>& present, const Tensor& map) {
-  if (!present) return std::nullopt;
-  WSSS_CHECK(present->dim() == 2 && present->size(0) == map.size(0) && present->size(1) == map.size(1) &&
-                 present->scalar_type() == map.scalar_type(),
-             "fuse_cams: present must be B×K of the dtype of the maps");
-  return dense(*present);
-}
-
 // `present`, B×K, scales the weights of each plane.
 Tensor fwd(std::vector<Tensor> maps, std::vector<double> weights, std::optional<Tensor> present, int64_t height,
            int64_t width) {
@@ -56,7 +42,7 @@ Tensor fwd(std::vector<Tensor> maps, std::vector<double> weights, std::optional<
   std::vector<Axes> axes;
   int64_t rows = 0;
   for (const Tensor& map : maps) {
-    check(map, maps[0], height, width);
+    check_map(map, maps[0], height, width);
     given.push_back(dense(map));
     axes.push_back({taps(map.size(2), height), taps(map.size(3), width)});
     rows += map.size(2);
@@ -87,7 +73,7 @@ Tensor fwd(std::vector<Tensor> maps, std::vector<double> weights, std::optional<
 
 // The gradient of one map of h×w.
 Tensor bwd(const Tensor& grad, double weight, const std::optional<Tensor>& present, int64_t h, int64_t w) {
-  check(grad, grad, h, w);
+  check_map(grad, grad, h, w);
   const std::optional<Tensor> gate = checked_gate(present, grad);
   const Tensor given = dense(grad);
   const int64_t height = grad.size(2), width = grad.size(3);

@@ -2,6 +2,7 @@
 #include <cmath>
 #include <tuple>
 
+#include "ops/purified_label/checks.h"
 #include "ops/purified_label/purified_label_kernels.cuh"
 #include "wsss/cuda_tensor.h"
 
@@ -9,11 +10,7 @@ namespace wsss::purified_label {
 namespace {
 
 Shape shape_of(const Tensor& logit, const Tensor& label, int64_t ignore_index) {
-  WSSS_CHECK(logit.dim() == 4 && label.dim() == 3 && logit.size(0) == label.size(0) && logit.size(1) > 0 &&
-                 logit.size(2) == label.size(1) && logit.size(3) == label.size(2) &&
-                 label.scalar_type() == ScalarType::Long,
-             "purified_label_loss: logit B×C×H×W with at least one class and label B×H×W (int64) expected");
-  WSSS_CHECK(logit.size(2) > 0 && logit.size(3) > 0, "purified_label_loss: a map must not be empty");
+  check_maps(logit, label);
   const int64_t pixels = logit.size(2) * logit.size(3), tiles = blocks_for(pixels, kTilePixels);
   WSSS_CHECK(logit.size(0) * tiles < (int64_t(1) << 31), "purified_label_loss: too many pixels");
   return {logit.size(0), logit.size(1), pixels, tiles, ignore_index};

@@ -1,5 +1,5 @@
 // Operators of purified_label: arguments, threads over chunks of pixels, sums in their order, registration.
-#include "wsss/tensor.h"
+#include "ops/purified_label/checks.h"
 
 namespace wsss {
 namespace purified_label {
@@ -38,11 +38,7 @@ WSSS_PICK(chunk_total)
 WSSS_PICK(chunk_backward)
 
 Shape shape_of(const Tensor& logit, const Tensor& label, int64_t ignore_index) {
-  WSSS_CHECK(logit.dim() == 4 && label.dim() == 3 && logit.size(0) == label.size(0) && logit.size(1) > 0 &&
-                 logit.size(2) == label.size(1) && logit.size(3) == label.size(2) &&
-                 label.scalar_type() == ScalarType::Long,
-             "purified_label_loss: logit B×C×H×W with at least one class and label B×H×W (int64) expected");
-  WSSS_CHECK(logit.size(2) > 0 && logit.size(3) > 0, "purified_label_loss: a map must not be empty");
+  check_maps(logit, label);
   return {logit.size(0), logit.size(1), logit.size(2) * logit.size(3), ignore_index};
 }
 

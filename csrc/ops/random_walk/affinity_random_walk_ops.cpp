@@ -18,10 +18,6 @@ void check_cam(const Tensor& cam, const std::optional<Tensor>& mask, const Refin
   WSSS_CHECK(sinkhorn_iter >= 0 && power >= 0, kOp, ": sinkhorn_iter and power must be at least 0");
 }
 
-int64_t tape_rows(int64_t classes, int64_t sinkhorn_iter, int64_t power) {
-  return power && classes ? Tape::rows(classes, sinkhorn_iter, power) : 0;
-}
-
 // (T^power (mask ⊙ cam) or mask ⊙ T^power cam, tape, gate)
 std::tuple<Tensor, Tensor, Tensor> affinity_random_walk_fwd(const Tensor& cam, const std::optional<Tensor>& mask,
                                                             const std::optional<Tensor>& decoder, const Tensor& encoder,

@@ -1,29 +1,16 @@
 // The random walk over a given affinity of CUDA tensors: arguments, one launch or several, registration.
-#include <optional>
 #include <tuple>
 
 #include "ops/random_walk/random_walk_kernels.cuh"
+#include "ops/random_walk/walk_shape.h"
 #include "wsss/cuda_tensor.h"
 
 namespace wsss::walk {
 namespace {
 
-struct Call {
-  int64_t batch, classes, n, rounds, power;
+struct Call : WalkShape {
+  using WalkShape::WalkShape;
 
-  Call(const Tensor& affinity, const Tensor& cam, const std::optional<Tensor>& mask, int64_t sinkhorn_iter,
-       int64_t steps)
-      : batch(cam.size(0)), classes(cam.size(1)), n(affinity.size(1)), rounds(sinkhorn_iter), power(steps) {
-    WSSS_CHECK(affinity.dim() == 3 && affinity.size(1) == affinity.size(2), "random_walk: affinity must be B×N×N");
-    WSSS_CHECK(cam.dim() == 4 && batch == affinity.size(0) && cam.size(2) * cam.size(3) == n,
-               "random_walk: cam must be B×K×h×w with h·w = N");
-    WSSS_CHECK(!mask || (sizes_of(*mask) == sizes_of(cam) && mask->scalar_type() == cam.scalar_type()),
-               "random_walk: mask must have the shape and dtype of cam");
-    WSSS_CHECK(cam.scalar_type() == affinity.scalar_type(), "random_walk: one dtype expected");
-    WSSS_CHECK(rounds >= 0 && power >= 0, "random_walk: sinkhorn_iter and power must be at least 0");
-  }
-  bool still() const { return power == 0 || classes == 0; }
-  int64_t rows() const { return still() ? 0 : 2 * rounds + 3 * classes * power; }
   bool in_block() const { return n <= sinkhorn::kBlockTokens && batch < (int64_t(1) << 31); }
   Tape tape(const Tensor& t) const {
     return {{static_cast<double*>(t.mutable_data_ptr()), n, rounds, rows() * n}, classes, power};
@@ -77,9 +64,7 @@ std::tuple<Tensor, Tensor> random_walk_bwd(const Tensor& grad, const Tensor& aff
   const OnDevice device(affinity);
   const Tensor a = dense(affinity), saved = dense(tape);
   const Tensor c = masked(dense(grad), mask, target || call.still(), device);
-  WSSS_CHECK(saved.dim() == 3 && saved.size(0) == call.batch && saved.size(1) == call.rows() &&
-                 saved.size(2) == call.n && saved.scalar_type() == ScalarType::Double,
-             "random_walk: the tape does not belong to this call");
+  call.check_tape(saved);
   Tensor grad_affinity = wsss::new_empty(a, {need_affinity ? call.batch : 0, call.n, call.n});
   if (call.still()) {
     if (grad_affinity.numel()) torch::stable::fill_(grad_affinity, 0.);

@@ -1,7 +1,6 @@
 // The random walk y ← ½ (S + Sᵀ) y, S = diag(row)·A·diag(col), by passes over rows of A: one pass gives both products.
 #pragma once
-#include <optional>
-
+#include "ops/random_walk/walk_shape.h"
 #include "ops/sinkhorn/scaling.h"
 
 namespace wsss {
@@ -23,7 +22,6 @@ struct Kernels {
 struct Tape {
   double* data;
   int64_t n, classes, rounds, power;
-  static int64_t rows(int64_t classes, int64_t rounds, int64_t power) { return 2 * rounds + 3 * classes * power; }
   Scalings scalings() const { return {data, n, rounds}; }
   const double* row() const { return rounds ? scalings().row(rounds) : nullptr; }
   const double* col() const { return rounds ? scalings().col(rounds) : nullptr; }
@@ -83,14 +81,6 @@ void last_row_and_first_step(const Source& source, const Tape& tape, WalkSpace<T
   pass.written = s.row(s.rounds);
   run_pass(source, pass, space.pass, tape.by_row(0));
   std::copy(space.product.data() + n, space.product.data() + (tape.classes + 1) * n, tape.by_col(0));
-}
-
-inline std::optional<Tensor> dense(const std::optional<Tensor>& t) {
-  return t ? std::optional<Tensor>(dense(*t)) : std::nullopt;
-}
-inline void check_mask(const char* op, const Tensor& cam, const std::optional<Tensor>& mask) {
-  WSSS_CHECK(!mask || (sizes_of(*mask) == sizes_of(cam) && mask->scalar_type() == cam.scalar_type()), op,
-             ": mask must have the shape and the dtype of cam");
 }
 
 // Where the mask [classes][n] multiplies: the maps that walk, or those that have walked. One of the two, or neither.

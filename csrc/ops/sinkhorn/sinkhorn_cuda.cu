@@ -2,22 +2,11 @@
 #include <tuple>
 
 #include "ops/sinkhorn/sinkhorn_kernels.cuh"
+#include "ops/sinkhorn/square.h"
 #include "wsss/cuda_tensor.h"
 
 namespace wsss::sinkhorn {
 namespace {
-
-// …×N×N, as a stack of `batch` matrices.
-struct Square {
-  Tensor matrix;
-  int64_t batch, n;
-};
-
-Square square(const Tensor& t) {
-  const int64_t rank = t.dim(), n = rank >= 2 ? t.size(rank - 1) : 0;
-  WSSS_CHECK(rank >= 2 && t.size(rank - 2) == n, "sinkhorn: matrix must be …×N×N");
-  return {dense(t), n ? t.numel() / (n * n) : 0, n};
-}
 
 // The scalings of every round in float64, B×2·num_iter×N: col_1, row_1, col_2, ...; and the normalised matrix where
 // its tensor is given.
@@ -44,7 +33,7 @@ Tensor scale(const Square& square, int64_t num_iter, Tensor* normalised, const O
 
 std::tuple<Tensor, Tensor> sinkhorn_fwd(const Tensor& matrix, int64_t num_iter) {
   const OnDevice device(matrix);
-  const Square given = square(matrix);
+  const Square given = square("sinkhorn", "matrix", matrix);
   Tensor normalised = wsss::new_empty(matrix, sizes_of(matrix));
   const Tensor scales = scale(given, num_iter, &normalised, device);
   return {normalised, scales};
@@ -53,7 +42,7 @@ std::tuple<Tensor, Tensor> sinkhorn_fwd(const Tensor& matrix, int64_t num_iter) 
 // The vectors (row, col), …×N, in float32 or float64; num_iter at least 1.
 std::tuple<Tensor, Tensor> sinkhorn_scaling_fwd(const Tensor& matrix, int64_t num_iter) {
   const OnDevice device(matrix);
-  const Square given = square(matrix);
+  const Square given = square("sinkhorn_scaling", "matrix", matrix);
   WSSS_CHECK(num_iter >= 1, "sinkhorn_scaling: num_iter must be at least 1, got ", num_iter);
   const Tensor scales = scale(given, num_iter, nullptr, device);
   std::vector<int64_t> sizes = sizes_of(matrix);
@@ -75,7 +64,7 @@ std::tuple<Tensor, Tensor> sinkhorn_scaling_fwd(const Tensor& matrix, int64_t nu
 
 Tensor sinkhorn_bwd(const Tensor& grad, const Tensor& matrix, const Tensor& scales) {
   const OnDevice device(matrix);
-  const auto [given, batch, n] = square(matrix);
+  const auto [given, batch, n] = square("sinkhorn", "matrix", matrix);
   const Tensor cotangent = dense(grad), saved = dense(scales);
   WSSS_CHECK(sizes_of(grad) == sizes_of(matrix), "sinkhorn: grad must have the shape of matrix");
   WSSS_CHECK(saved.dim() == 3 && saved.size(0) == batch && saved.size(2) == n && saved.size(1) % 2 == 0,

@@ -2,21 +2,10 @@
 #include <tuple>
 
 #include "ops/sinkhorn/scaling.h"
+#include "ops/sinkhorn/square.h"
 
 namespace wsss {
 namespace {
-
-// …×N×N, as a stack of `batch` matrices.
-struct Square {
-  Tensor matrix;
-  int64_t batch, n;
-};
-
-Square square(const char* op, const char* name, const Tensor& t) {
-  const int64_t rank = t.dim(), n = rank >= 2 ? t.size(rank - 1) : 0;
-  WSSS_CHECK(rank >= 2 && t.size(rank - 2) == n, op, ": ", name, " must be …×N×N");
-  return {dense(t), n ? t.numel() / (n * n) : 0, n};
-}
 
 template <class T>
 void forward_one(const T* matrix, int64_t n, int64_t rounds, double* scales, T* normalised) {

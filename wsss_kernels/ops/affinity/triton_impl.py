@@ -335,7 +335,7 @@ def refining_map_fwd(
 def affinity_bwd(grad: Tensor, affinity: Tensor, feature: Tensor, cosine: bool, scale: float, clamp_min: float | None) -> Tensor:
     from . import triton_adjoint
 
-    return triton_adjoint.square(*map(_stack, (grad, affinity, feature)), cosine, scale, clamp_min).reshape(feature.shape)
+    return triton_adjoint.square(_stack(grad), _stack(affinity), _stack(feature), cosine, scale, clamp_min).reshape(feature.shape)
 
 
 def affinity_deviation_bwd(grad: Tensor, decoder: Tensor, encoder: Tensor, signed: bool) -> tuple[Tensor, Tensor]:

@@ -191,7 +191,7 @@ class _Maps:
         )
 
     def statistics(self) -> Tensor:
-        last = None
+        last: Tensor | None = None
         for column, lines, length, plane in self.lines():
             meta = self.blocks(length)
             blocks = triton.cdiv(length, meta["BM"])
@@ -201,6 +201,7 @@ class _Maps:
                    new if last is None else last, new, lines, length, blocks, self.keys, strides, self.pixels, *plane,
                    COLUMN=column, MERGE=last is not None, **meta, **self.exact)  # fmt: skip
             last = new
+        assert last is not None  # there are two lines
         return last
 
     def gather(self, path: str, x: Tensor, stats: Tensor, grad: Tensor | None, inner: Tensor | None, like: Tensor, own_key=False,

@@ -288,14 +288,14 @@ class _Call:
         self.blocks = triton.cdiv(slots, side)
         # A thread holds four tiles of weights in the backward pass, and the factors of a product of float32 besides.
         warps = side * side // 1024 * (2 if backward else 1) * (2 if like.dtype in (torch.float32, torch.float64) else 1)
-        default = {"BL": side, "BD": power_of_2(self.depth, most=32 if wide else 64), "num_warps": max(1, warps)}
+        default: dict[str, Any] = {"BL": side, "BD": power_of_2(self.depth, most=32 if wide else 64), "num_warps": max(1, warps)}
         key = f"window_attention{'.backward' if backward else ''}/l{side}d{self.depth}b{like.element_size()}"
         tall = torch.tensor(scale, dtype=torch.float32).item()  # on the host
         self.size = (height, width, rows, columns, *shift)
         self.common = (images, heads, self.depth, tall, scale - tall)
         self.strides = (*(maps[0].stride() for maps in self.roles), (height * width * channels, width * channels, channels, 1))
-        self.meta: dict[str, Any] = config(key, default, [{**default, "num_warps": warps} for warps in (2, 4, 8, 16)])
-        self.meta |= {"kind": tl.float64 if wide else tl.float32, "WY": window[0], "WX": window[1], "PRECISION": precision(like.dtype)}
+        meta: dict[str, Any] = config(key, default, [{**default, "num_warps": warps} for warps in (2, 4, 8, 16)])
+        self.meta = dict(meta, kind=tl.float64 if wide else tl.float32, WY=window[0], WX=window[1], PRECISION=precision(like.dtype))
 
     def forward(self, path: str) -> Maps:
         outs = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in self.roles[0])
@@ -344,9 +344,9 @@ class _Call:
         table = torch.empty_like(self.bias)
         if biased:
             window = {key: self.meta[key] for key in ("WY", "WX", "BL")}
-            grid = (triton.cdiv(len(table), 16), self.heads)
-            launch(f"{path}.table", _table, grid, part.sum(0), table, self.heads, BR=16, num_warps=4, **window)
-        return *outs, table
+            rows = (triton.cdiv(len(table), 16), self.heads)
+            launch(f"{path}.table", _table, rows, part.sum(0), table, self.heads, BR=16, num_warps=4, **window)
+        return outs[0], outs[1], outs[2], table
 
 
 def _alike(maps: Maps) -> Maps:
