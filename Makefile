@@ -60,18 +60,25 @@ demo: $(STAMPS)/built ## refines photographs and shows our time and memory again
 	$(PY) -m wsss_models.demo
 
 MATRIX = tests/test_ops.py tests/test_gradients.py tests/test_layouts.py
-# Only where no time and no process memory is measured.
+# Tests of time and of process memory run alone; all others share the cores.
+ALONE = tests/test_dispatch.py tests/test_import.py tests/test_memory.py tests/test_process_memory.py
 SHARED_OUT = $(PYTEST) -n $(shell nproc) --dist worksteal -m "not slow"
 test: $(STAMPS)/built ctest ## the whole suite (slow tests excepted), at every instruction-set level, in the emulators, and ctest
-	$(PYTEST) -m "not slow"
+	$(SHARED_OUT) $(ALONE:%=--ignore=%)
+	$(PYTEST) -m "not slow" $(ALONE)
 	@echo "== CPU kernels at the lower instruction-set levels"
 	WSSS_CPU_CAPABILITY=avx2 $(SHARED_OUT) tests/test_ops.py -k "cpu and (float32 or float64)"
 	WSSS_CPU_CAPABILITY=default $(SHARED_OUT) tests/test_ops.py -k "cpu and (float32 or float64)"
 	@echo "== CUDA kernels in the emulator, Triton kernels in the interpreter"
-	WSSS_CUDA_EMULATOR=$(EMULATOR) $(SHARED_OUT) $(MATRIX) tests/test_golden.py -k cuda
+	for order in forward reverse 7; do \
+	    WSSS_EMULATOR_ORDER=$$order WSSS_CUDA_EMULATOR=$(EMULATOR) $(SHARED_OUT) $(MATRIX) tests/test_golden.py -k cuda; \
+	done
 	TRITON_INTERPRET=1 $(SHARED_OUT) $(MATRIX) tests/test_golden.py -k triton
-	@echo "== CPU kernels under AddressSanitizer and UBSan"
-	tests/asan.sh $(PY) tests/test_ops.py -m "not slow" -k "cpu and float32"
+	@echo "== CPU and CUDA kernels under AddressSanitizer and UBSan"
+	cmake -G Ninja -S . -B build/cmake-asan -DPython3_EXECUTABLE=$$(command -v $(PY)) -DWSSS_SANITIZE=address,undefined
+	cmake --build build/cmake-asan --target wsss_emulator
+	WSSS_CUDA_EMULATOR=$(CURDIR)/build/cmake-asan/libwsss_emulator.so \
+	    tests/asan.sh $(PY) tests/test_ops.py -n $(shell nproc) -m "not slow" -k "(cpu or cuda) and float32"
 
 test-fast: $(STAMPS)/built ## the Python suite once, without the slow tests
 	$(PYTEST) -x -m "not slow"
@@ -94,8 +101,10 @@ asan: $(STAMPS)/installed ## the operators' tests and the C++ tests under Addres
 	cmake -G Ninja -S . -B build/cmake-asan -DPython3_EXECUTABLE=$$(command -v $(PY)) -DWSSS_SANITIZE=address,undefined
 	cmake --build build/cmake-asan --target cpp_tests wsss_emulator
 	ASAN_OPTIONS=detect_leaks=0 ctest --test-dir build/cmake-asan --output-on-failure --no-tests=error
-	tests/asan.sh $(PY) $(MATRIX) tests/test_golden.py tests/test_determinism.py -m "not slow"
-	WSSS_CUDA_EMULATOR=$(CURDIR)/build/cmake-asan/libwsss_emulator.so tests/asan.sh $(PY) $(MATRIX) -m "not slow" -k cuda
+	for level in avx512 avx2 default; do \
+	    WSSS_CPU_CAPABILITY=$$level WSSS_CUDA_EMULATOR=$(CURDIR)/build/cmake-asan/libwsss_emulator.so \
+	        tests/asan.sh $(PY) $(MATRIX) tests/test_golden.py tests/test_determinism.py -n $(shell nproc) -m "not slow"; \
+	done
 
 lint: $(STAMPS)/installed ## ruff, clang-format and mypy
 	$(PY) -m ruff check .

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,34 +22,20 @@ def run(*arguments, timeout=800, **environment):
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
-@pytest.fixture(scope="module")
-def usage(tmp_path_factory):
-    """Registers, stack and shared memory of every kernel on sm_80 and sm_90, in float32."""
-    table = tmp_path_factory.mktemp("ahead") / "usage.csv"
-    done = run("-m", "wsss_kernels.aot", "--dtype", "float32", "--csv", str(table))
+@pytest.mark.parametrize("spec", [pytest.param(s, id=s.name) for s in WITH_TRITON])
+def test_compiles_without_unexplained_spills(spec, tmp_path):
+    """Every launch path for sm_80 and sm_90 in float32. A kernel may spill a few registers if its page says so."""
+    table = tmp_path / "usage.csv"
+    done = run("-m", "wsss_kernels.aot", "--op", spec.name, "--dtype", "float32", "--csv", str(table))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     with table.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-@pytest.mark.slow  # several minutes: every kernel for two architectures
-@pytest.mark.parametrize("spec", [pytest.param(s, id=s.name) for s in WITH_TRITON])
-@pytest.mark.parametrize("arch", ["80", "90"])
-def test_compiles_without_unexplained_spills(usage, spec, arch):
-    rows = [r for r in usage if r["op"] == spec.name and r["arch"] == arch]
-    assert {r["path"] for r in rows} >= set(spec.paths["triton"]), "a launch path was not compiled"
-    explained = "spill" in (ROOT / "wsss_kernels/ops" / spec.folder / "README.md").read_text()
-    spilled = [(r["kernel"], r["stack"]) for r in rows if int(r["stack"])]
-    assert not spilled or explained, f"bytes of stack: {spilled}; fewer registers, or the reason in the operator's README"
-
-
-def test_one_operator_compiles_without_spills(tmp_path):
-    """The others are compiled by `make test-full`."""
-    done = run("-m", "wsss_kernels.aot", "--op", "info_nce", "--arch", "90", "--dtype", "float32", "--csv", str(tmp_path / "usage.csv"))
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    with (tmp_path / "usage.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert {r["path"] for r in rows} >= {"info_nce.triton", "info_nce.triton.backward"} and not any(int(r["stack"]) for r in rows)
+    for arch in ("80", "90"):
+        assert {r["path"] for r in rows if r["arch"] == arch} >= set(spec.paths["triton"]), "a launch path was not compiled"
+    page = (ROOT / "wsss_kernels/ops" / spec.folder / "README.md").read_text()
+    explained = max((int(n) for n in re.findall(r"spills? (?:at most )?(\d+) bytes", page)), default=0)
+    spilled = [(r["kernel"], r["arch"], r["stack"]) for r in rows if int(r["stack"]) > explained]
+    assert not spilled, f"bytes of stack: {spilled}; fewer registers, or the reason in the operator's README"
 
 
 def test_usage_errors():

@@ -181,10 +181,11 @@ class _Maps:
         yield False, self.height, self.width, (self.width, 1)
 
     def blocks(self, length: int) -> dict[str, int]:
-        """64 own positions against a line of up to 128, whose weights then stay in registers; float64 halves both."""
-        half = 2 if self.kind == torch.float64 else 1
+        """64 own positions against a line of up to 128, whose weights then stay in registers; wider types halve both."""
+        half = 2 if self.query.element_size() > 2 else 1
         default = {"BM": power_of_2(length, most=64 // half), "BN": power_of_2(length, most=128 // half)}
-        warps = max(1 if default["BM"] == 16 else 4, default["BM"] * default["BN"] // 1024)
+        # float32 is multiplied without tensor cores: its factors take registers, which more warps have.
+        warps = max(1 if default["BM"] == 16 else 4, default["BM"] * default["BN"] // 1024) * (2 if self.query.element_size() == 4 else 1)
         default |= {"BC": 32 if self.query.element_size() == 2 else 16, "num_warps": warps}
         return config(
             f"criss_cross/l{power_of_2(length)}b{self.query.element_size()}", default, [{**default, "num_warps": w} for w in (2, 4, 8)]

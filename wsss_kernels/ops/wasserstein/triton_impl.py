@@ -240,7 +240,7 @@ def _interleaved(x: _Side, y: _Side) -> tuple[Tensor, ...]:
 
 def _matrix(path: str, x: _Side, y: _Side, constants: Tensor | None, dtype: torch.dtype) -> Tensor:
     kind, out = x.rows.dtype, x.rows.new_empty(len(x.rows), len(y.rows), dtype=dtype)
-    meta = _blocks(path, kind)
+    meta = _blocks(path, kind, 4 if constants is None else 8)
     launch(path, _pairs, (triton.cdiv(len(x.rows), meta["BM"]), triton.cdiv(len(y.rows), meta["BN"])), *_interleaved(x, y),
            out if constants is None else constants, out, *out.shape, x.rows.shape[1], x.semantic.shape[1],
            SEMANTIC=constants is not None, PRECISION=precision(kind), **meta)  # fmt: skip
