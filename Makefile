@@ -50,6 +50,7 @@ $(STAMPS)/settings: FORCE
 	@echo "$(SETTINGS)" | cmp -s - $@ || echo "$(SETTINGS)" > $@
 
 $(STAMPS)/built: $(STAMPS)/installed $(STAMPS)/settings $(NATIVE)
+	@echo "compiling, several minutes (progress in build.log)"
 	$(PY) setup.py build_ext --inplace --force > build.log 2>&1 || { cat build.log >&2; exit 1; }
 	@mkdir -p build && mv build.log build/build.log && grep "^wsss_kernels build" build/build.log
 	@touch $@
@@ -71,13 +72,13 @@ test: $(STAMPS)/built ctest ## the whole suite (slow tests excepted), at every i
 	WSSS_CPU_CAPABILITY=default $(SHARED_OUT) tests/test_ops.py -k "cpu and (float32 or float64)"
 	@echo "== CUDA kernels in the emulator, Triton kernels in the interpreter"
 	for order in forward reverse 7; do \
-	    WSSS_EMULATOR_ORDER=$$order WSSS_CUDA_EMULATOR=$(EMULATOR) $(SHARED_OUT) $(MATRIX) tests/test_golden.py -k cuda; \
+	    WSSS_EMULATOR_ORDER=$$order WSSS_CUDA_EMULATOR="$(EMULATOR)" $(SHARED_OUT) $(MATRIX) tests/test_golden.py -k cuda; \
 	done
 	TRITON_INTERPRET=1 $(SHARED_OUT) $(MATRIX) tests/test_golden.py -k triton
 	@echo "== CPU and CUDA kernels under AddressSanitizer and UBSan"
 	cmake -G Ninja -S . -B build/cmake-asan -DPython3_EXECUTABLE=$$(command -v $(PY)) -DWSSS_SANITIZE=address,undefined
 	cmake --build build/cmake-asan --target wsss_emulator
-	WSSS_CUDA_EMULATOR=$(CURDIR)/build/cmake-asan/libwsss_emulator.so \
+	WSSS_CUDA_EMULATOR="$(CURDIR)/build/cmake-asan/libwsss_emulator.so" \
 	    tests/asan.sh $(PY) tests/test_ops.py -n $(shell nproc) -m "not slow" -k "(cpu or cuda) and float32"
 
 test-fast: $(STAMPS)/built ## the Python suite once, without the slow tests
@@ -102,7 +103,7 @@ asan: $(STAMPS)/installed ## the operators' tests and the C++ tests under Addres
 	cmake --build build/cmake-asan --target cpp_tests wsss_emulator
 	ASAN_OPTIONS=detect_leaks=0 ctest --test-dir build/cmake-asan --output-on-failure --no-tests=error
 	for level in avx512 avx2 default; do \
-	    WSSS_CPU_CAPABILITY=$$level WSSS_CUDA_EMULATOR=$(CURDIR)/build/cmake-asan/libwsss_emulator.so \
+	    WSSS_CPU_CAPABILITY=$$level WSSS_CUDA_EMULATOR="$(CURDIR)/build/cmake-asan/libwsss_emulator.so" \
 	        tests/asan.sh $(PY) $(MATRIX) tests/test_golden.py tests/test_determinism.py -n $(shell nproc) -m "not slow"; \
 	done
 
@@ -125,7 +126,9 @@ gpu: $(STAMPS)/installed ## build, tests, sanitizers, benchmark on a GPU (PART=b
 
 new-op: $(STAMPS)/built ## the folders of a new operator (NAME=my_operator)
 	@[ -n "$(NAME)" ] || { echo "make new-op: say which: make new-op NAME=my_operator" >&2; exit 1; }
-	$(PY) -m wsss_kernels.new_op $(NAME)
+	$(PY) -m wsss_kernels.new_op "$(NAME)"
+	$(PY) -m ruff format -q wsss_kernels/ops/$(NAME)
+	clang-format -i csrc/ops/$(NAME)/*
 	$(MAKE) install
 	$(PY) benchmarks/report.py
 

@@ -25,9 +25,16 @@ def run(tree, *command):
 
 
 def test_names_are_checked(tmp_path):
-    for name in ("", "Bad", "2x", "a-b", "class"):
-        with pytest.raises(ValueError, match="NAME must be"):
+    for name in ("", "Bad", "2x", "a-b", "class", "a b", "double", "std", "namespace", "out"):
+        with pytest.raises(ValueError, match="NAME must be lower_case_with_underscores"):
             new_op.create(name, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["bench", "explain", "supervised_contrastive_loss", "affinity_random_walk", "info", "testing", "pamr"])
+def test_what_is_there_is_not_replaced(tmp_path, name):
+    tree = copy_of_the_tree(tmp_path / "tree")
+    with pytest.raises(ValueError, match=f"wsss_kernels has a {name} already"):
+        new_op.create(name, tree)
 
 
 def test_nothing_is_overwritten(tmp_path):
@@ -54,6 +61,12 @@ def test_the_export_line_is_valid_and_sorted(tmp_path, name):
 def test_the_template_passes_the_matrix(tmp_path):
     tree = copy_of_the_tree(tmp_path / "tree")
     new_op.create("leaky_gate", tree)
+    for command in (["ruff", "format", "-q", "wsss_kernels/ops/leaky_gate"], ["ruff", "check"], ["ruff", "format", "--check"], ["mypy"]):
+        linted = run(tree, "-m", *command)
+        assert linted.returncode == 0, linted.stdout + linted.stderr
+    sources = sorted(map(str, (tree / "csrc/ops/leaky_gate").iterdir()))
+    assert subprocess.run(["clang-format", "-i", *sources]).returncode == 0
+    assert subprocess.run(["clang-format", "--dry-run", "-Werror", *sources]).returncode == 0
     built = run(tree, "setup.py", "-q", "build_ext", "--inplace")
     assert built.returncode == 0, built.stderr
     assert run(tree, "benchmarks/report.py").returncode == 0

@@ -106,3 +106,12 @@ def test_backend_code_is_not_imported_early():
 def test_readme_lists_the_operators():
     done = subprocess.run([sys.executable, "benchmarks/report.py", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("wsss_kernels/ops/*/README.md"))]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if "```python" in p.read_text()], ids=lambda p: str(p.relative_to(ROOT)))
+def test_examples_run(page):
+    for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        exec(compile(code, str(page), "exec"), {})

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import math
+import numbers
+import reprlib
 from collections.abc import Sequence
 
 import torch
 
 INTEGERS = (torch.int64, torch.int32, torch.uint8)
 HALVES = (torch.float16, torch.bfloat16)
+FLOATS = (torch.float32, torch.float64, *HALVES)
+_SMALLEST = torch.finfo(torch.float32).tiny
 
 
 def describe(value: object) -> str:
     if isinstance(value, torch.Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} of shape {'×'.join(map(str, value.shape)) or '()'}"
-    return repr(value) if isinstance(value, (int, float, str, bool, type(None))) else f"{type(value).__name__} {value!r}"
+    shape = getattr(value, "shape", None)
+    if isinstance(shape, tuple) and shape:  # an array of NumPy or of another library
+        return f"{type(value).__name__} of shape {'×'.join(map(str, shape))}"
+    brief = reprlib.repr(value)
+    return brief if isinstance(value, (int, float, str, bool, type(None))) else f"{type(value).__name__} {brief}"
 
 
 def tensor(op: str, name: str, value: object, shape: str, *, kind: str = "floating", spatial: int = 0) -> None:
@@ -25,9 +33,11 @@ def tensor(op: str, name: str, value: object, shape: str, *, kind: str = "floati
         spatial: how many trailing dimensions must not be 0.
     """
     if not (
-        isinstance(value, torch.Tensor) and (value.is_floating_point() if kind == "floating" else kind == "any" or value.dtype in INTEGERS)
+        isinstance(value, torch.Tensor) and (value.dtype in FLOATS if kind == "floating" else kind == "any" or value.dtype in INTEGERS)
     ):
         raise TypeError(_expected(op, name, value, shape, kind))
+    if value.layout is not torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense tensor, got layout {value.layout}; use {name}.to_dense()")
     rank = shape.count("×") + 1
     if value.dim() < rank - 1 if shape[0] == "…" else value.dim() != rank:
         raise ValueError(_expected(op, name, value, shape, kind))
@@ -60,12 +70,18 @@ def integer(op: str, name: str, value: object, minimum: int) -> int:
 
 
 def number(op: str, name: str, value: object, *, positive: bool = False) -> float:
-    """A finite Python number (not NaN, not infinite), greater than 0 if `positive`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    """A finite number of Python or NumPy (not NaN, not infinite); if `positive` one that float32 can hold as more than 0."""
+    if isinstance(value, bool) or not isinstance(value, (float, int, numbers.Real)):
         raise TypeError(f"{op}: {name} must be a number, got {describe(value)}")
-    if not math.isfinite(value) or (positive and value <= 0):
+    if not math.isfinite(value) or (positive and value < _SMALLEST):
         raise ValueError(f"{op}: {name} must be a {'positive ' if positive else ''}finite number, got {value}")
     return float(value)
+
+
+def flag(op: str, name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be True or False, got {describe(value)}")
+    return value
 
 
 def scalar(op: str, name: str, value: object, like: torch.Tensor, *, positive: bool = False) -> torch.Tensor:

@@ -188,6 +188,8 @@ class Explanation:
 def explain(op: str | Callable, *args, **kwargs) -> Explanation:
     """Says for each backend whether it can run the call `op(*args, **kwargs)`, why not, and which one is chosen.
 
+    Judged by devices, dtypes and what is installed; shapes and values are checked by the call itself.
+
     Args:
         op: an operator of `wsss_kernels`, or its name.
         *args, **kwargs: as for the operator itself.

@@ -41,7 +41,10 @@ def _warn(message: str) -> None:
 def _load_cpu() -> None:
     global extension
     if not list(_HERE.glob("_C.*so")):
-        missing["_C"] = "wsss_kernels was installed without its compiled kernels (no C++ compiler, or WSSS_BUILD=none); " + REBUILD
+        missing["_C"] = (
+            "wsss_kernels was installed without its compiled kernels (no C++ compiler, no PyTorch where the build ran, or WSSS_BUILD=none); "
+            + REBUILD
+        )
         return
     try:
         extension = importlib.import_module("wsss_kernels._C")

@@ -22,7 +22,7 @@ def _version(package: str) -> str:
 
 
 def info() -> str:
-    """A text to read, or to paste into a bug report.."""
+    """A text to read, or to paste into a bug report."""
     lines = [
         f"wsss_kernels  {_version('wsss_kernels')}",
         f"python        {platform.python_version()} on {platform.system()} {platform.machine()}",

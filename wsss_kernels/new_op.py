@@ -23,12 +23,13 @@ __all__ = ["{name}"]
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
 def {name}(x: Tensor, scale: float = 1.0) -> Tensor:
     """See `wsss_kernels.{name}`."""
-    return (scale * x.to(x.dtype if x.dtype.itemsize > 2 else float).relu()).to(x.dtype)
+    return (scale * x.to(x.dtype if x.dtype.itemsize > 2 else torch.float64).relu()).to(x.dtype)
 ''',
     "wsss_kernels/ops/{name}/api.py": '''"""{name}: the public function and its gradient."""
 
@@ -227,15 +228,37 @@ STABLE_TORCH_LIBRARY_IMPL(wsss, CPU, m) {{
 }
 
 
+# A C++ namespace and functions get the operator's name, inside namespace wsss.
+_CPP_WORDS = """
+    alignas alignof and_eq asm at auto bitand bitor bool c10 case catch char class co_await co_return co_yield compl concept const
+    consteval constexpr constinit decltype default delete do double dynamic_cast enum explicit export extern false float friend
+    goto in inline int int64_t long mutable namespace new noexcept not_eq nullptr operator or_eq out private protected public
+    register requires short signed size_t sizeof static std struct switch template this thread_local throw torch true try
+    typedef typeid typename union unsigned using virtual void volatile wchar_t wsss xor
+"""
+
+
+def _taken(root: Path) -> set[str]:
+    """Names that a new operator would hide or overwrite: modules and whatever the package exports."""
+    modules = {path.stem for path in (root / "wsss_kernels").iterdir()} | {"ops", "api", "reference", "spec"}
+    exported = set()
+    for name in ("wsss_kernels/__init__.py", "wsss_kernels/ops/__init__.py"):
+        tree = ast.parse((root / name).read_text())
+        exported |= {alias.asname or alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    return modules | {name.lower() for name in exported}
+
+
 def create(name: str, root: Path = ROOT) -> list[Path]:
     """Writes the folders below `root` and the export line; returns the new files."""
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
-        raise ValueError(f"NAME must be lower_case_with_underscores, got {name!r}")
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or "__" in name or keyword.iskeyword(name) or name in _CPP_WORDS.split():
+        raise ValueError(f"NAME must be lower_case_with_underscores and no word of Python or C++, got {name!r}")
     words = {"name": name, "upper": name.upper(), "camel": name.title().replace("_", "")}
     files = {root / path.format(**words): text.format(**words) for path, text in TEMPLATES.items()}
     for path in files:
         if path.exists():
             raise ValueError(f"{path} exists already")
+    if name in _taken(root):
+        raise ValueError(f"wsss_kernels has a {name} already; NAME must be another one")
     for path, text in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)

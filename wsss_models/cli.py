@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -50,6 +52,9 @@ def parser(chosen: str | None = None) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 all done, 1 some inputs failed (named on stderr), 2 wrong use, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # file names and our words may hold what the terminal's encoding lacks
+            stream.reconfigure(errors="backslashreplace")
     chosen = next((a for a in arguments if not a.startswith("-")), None)
     try:
         args = parser(chosen).parse_args(arguments)
@@ -61,8 +66,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\nwsss: interrupted{f': {interrupt}' if str(interrupt) else ''}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output (`| head`) has left; nothing more can be said
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _mute()
         return 1
+    except OSError as error:
+        print(f"wsss {chosen}: error: {error}", file=sys.stderr)
+        if error.errno == errno.ENOSPC and error.filename is None:  # standard output itself may be what is full
+            _mute()
+        return 1
+
+
+def _mute() -> None:
+    """Lets the interpreter end although standard output takes nothing more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -113,6 +113,23 @@ def test_only_the_mask(refine, image, tmp_path):
     assert made(tmp_path / "out") == ["disc.json", "disc.png"]
 
 
+def test_pictures_belong_to_their_mask(refine, image, tmp_path):
+    refine(image, *POINT)
+    refine(image, *POINT, "--par-iter", 3, "--no-pictures")
+    assert made(tmp_path / "out") == ["disc.json", "disc.png"]  # the old pictures showed another mask
+    assert refine(image, *POINT, "--par-iter", 3)[0] == 0
+    assert made(tmp_path / "out") == sorted(FILES)
+
+
+def test_pictures_that_are_not_of_this_record_are_made_again(refine, image, tmp_path):
+    refine(image, *POINT, "--no-pictures")
+    for name in ("disc_overlay.png", "disc_before_after.png"):
+        (tmp_path / "out" / name).write_bytes(b"of another run")
+    refine(image, *POINT)
+    for name in ("disc_overlay.png", "disc_before_after.png"):
+        assert (tmp_path / "out" / name).read_bytes() != b"of another run"
+
+
 @pytest.mark.parametrize("files_written", range(4))
 def test_a_run_that_dies_between_two_files_is_done_again(refine, image, tmp_path, monkeypatch, files_written):
     refine(image, *POINT)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import pickle
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from PIL import Image
 
 from wsss_models import cli
 from wsss_models.errors import InputError, UsageError
-from wsss_models.refine import arrays, compare
+from wsss_models.refine import Settings, arrays, compare, refine as refine_arrays
 from wsss_models.refine.pipeline import belongs
 from wsss_models.refine.points import parse_point, read_points
 
@@ -193,8 +196,13 @@ def test_wrong_use(refine, image, tmp_path):
         (image, *point, "--classes", "disc,disc"): "--classes: expected up to 254 different names",
         (image, *point, "--device", "cuda:77"): "--device cuda:77: expected cpu or a CUDA device that is there",
         (image, *point, "--backend", "cuda"): "--backend cuda: ",
-        (image, *point, "--threads", "0"): "--threads must be at least 1, got 0",
-        (image, *point, "--par-dilations", "0,1"): "--par-dilations must be at least 1, got 0,1",
+        (image, *point, "--threads", "0"): "--threads must be between 1 and 4096, got 0",
+        (image, *point, "--threads", 10**12): "--threads must be between 1 and 4096, got 1000000000000",
+        (image, *point, "--first-layer", 2): "--first-layer must be 0 or 1 without --features",
+        (image, *point, "--par-iter", 2**31): "--par-iter must be between 0 and 2147483647, got 2147483648",
+        (image, *point, "--par-dilations", ","): "argument --par-dilations: invalid integers value: ','",
+        (image, *point, "--device", "mps"): "--device mps: expected cpu or",
+        (image, *point, "--par-dilations", "0,1"): "--par-dilations must be between 1 and 2147483647, got 0,1",
         (image, *point, "--par-dilations", "x"): "argument --par-dilations: invalid integers value: 'x'",
         (image, *point, "--box-threshold", "2"): "--box-threshold must be between 0 and 1, got 2.0",
         (image, *point, "--box-threshold", "nan"): "--box-threshold must be between 0 and 1, got nan",
@@ -247,6 +255,68 @@ def test_class_names_in_files_of_many_images_need_an_order(refine, tmp_path):
     code, err = refine(a, b, "--cam", tmp_path / "cams")
     assert code == 1 and "say their order for all images with --classes" in err
     assert refine(a, b, "--cam", tmp_path / "cams", "--classes", "disc")[0] == 0
+
+
+ARRAYS = {"image": scene()[0], "cam": CAM, "encoder": np.ones((2, 4, 6, 8), np.float32)}
+BAD_ARRAYS = {
+    "image dtype": (
+        {"image": ARRAYS["image"] / 255},
+        r"image: expected an array \[H, W, 3\] uint8, not empty, got float64 of shape 48×64×3",
+    ),
+    "image rank": ({"image": ARRAYS["image"][..., 0]}, "image: expected an array .* got uint8 of shape 48×64"),
+    "no image": ({"image": "a.png"}, "image: expected an array .* got str"),
+    "empty image": ({"image": ARRAYS["image"][:0]}, "image: expected an array .*, not empty, got uint8 of shape 0×64×3"),
+    "cam rank": ({"cam": CAM[0]}, "cam: expected an array .* got float32 of shape 6×8"),
+    "cam range": ({"cam": CAM * 255}, r"cam: expected values in 0…1, got .* … 2\d\d"),
+    "cam NaN": ({"cam": np.where(CAM > 0.9, np.nan, CAM)}, "cam: expected values in 0…1, got nan"),
+    "cam of another image": ({"cam": CAM.transpose(0, 2, 1)}, r"cam: expected h×w in the proportions .* \(transposed\?\)"),
+    "encoder rank": ({"encoder": ARRAYS["encoder"][0]}, "encoder: expected an array .* got float32 of shape 4×6×8"),
+    "encoder infinite": ({"encoder": ARRAYS["encoder"] * np.inf}, "encoder: expected finite values"),
+    "values": ({"values": [1, 2]}, r"values: expected 1 different integers in 0…254, .* got \[1, 2\]"),
+    "value 255": ({"values": [255]}, r"values: expected 1 .* got \[255\]"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ARRAYS)
+def test_bad_arrays_of_the_function(name):
+    changes, message = BAD_ARRAYS[name]
+    with pytest.raises(InputError, match=message):
+        refine_arrays(**{**ARRAYS, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"par_iter": "3"}, "--par-iter must be an integer, got '3'"),
+        ({"par_iter": 2.5}, "--par-iter must be an integer, got 2.5"),
+        ({"par_fast": 1}, "--par-fast must be True or False, got 1"),
+        ({"par_dilations": [1, 2]}, r"--par-dilations must be a tuple of integers, got \[1, 2\]"),
+        ({"box_threshold": None}, "--box-threshold must be a number, got None"),
+        ({"background_score": "none"}, "--background-score must be a number or None, got 'none'"),
+    ],
+)
+def test_bad_settings(changes, message):
+    with pytest.raises(UsageError, match=message):
+        Settings(**changes)
+
+
+def test_names_that_the_terminal_cannot_print(image, tmp_path):
+    odd = image.with_name("\udce9t\u00e9 \u732b.png")
+    image.rename(odd)
+    command = [sys.executable, "-m", "wsss_models.cli", "refine", str(odd), "--point", "猫:26,24", "--out", str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1", "PYTHONPATH": os.pathsep.join(p or "." for p in sys.path)}
+    done = subprocess.run(command, capture_output=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out" / f"{odd.stem}.json").read_text())["classes"] == {"0": "background", "1": "猫"}
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_a_full_standard_output(image, tmp_path):
+    command = [sys.executable, "-m", "wsss_models.cli", "refine", str(image), "--point", "disc:26,24", "--out", str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or "." for p in sys.path)}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
+    assert done.returncode == 1 and "No space left on device" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_missing_packages(refine, image, monkeypatch):

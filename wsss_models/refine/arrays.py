@@ -11,8 +11,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..errors import InputError
+from .pipeline import CAM_TOLERANCE
 
-_TOLERANCE = 1e-3  # half-precision files overshoot 1 by rounding
 _CAM_KEYS = ("cam", "cams", "attn_highres", "high_res", "highres", "strided_cam")
 _HARMLESS = {
     ("numpy", "ndarray"),
@@ -113,7 +113,7 @@ def read_cam(path: Path, option: str = "--cam") -> CamFile:
     if np.isnan(cam).any():
         raise InputError(f"{option} {path}: expected values in 0…1, got {int(np.isnan(cam).sum())} NaN among {cam.size}")
     low, high = float(cam.min()), float(cam.max())
-    if low < -_TOLERANCE or high > 1 + _TOLERANCE:
+    if low < -CAM_TOLERANCE or high > 1 + CAM_TOLERANCE:
         raise InputError(
             f"{option} {path}: expected values in 0…1, got {low:.4g} … {high:.4g} (wsss_kernels.normalize_cam maps them there)"
         )

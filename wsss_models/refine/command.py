@@ -10,6 +10,7 @@ from ..errors import UsageError
 from . import settings as options
 
 _NEEDED = {"PIL": "pillow", "skimage": "scikit-image", "scipy": "scipy", "tqdm": "tqdm"}
+_MOST_THREADS = 4096
 _EXAMPLES = """\
 Give one of --cam, --point and --points.
 
@@ -75,8 +76,10 @@ def check_packages() -> None:
 def run(args: argparse.Namespace) -> int:
     """Exit code 0, or 1 if an image failed."""
     settings = options.from_arguments(args)
-    if args.threads is not None and args.threads < 1:
-        raise UsageError(f"--threads must be at least 1, got {args.threads}")
+    if args.threads is not None and not 1 <= args.threads <= _MOST_THREADS:
+        raise UsageError(f"--threads must be between 1 and {_MOST_THREADS}, got {args.threads}")
+    if args.features is None and args.first_layer > 1:
+        raise UsageError(f"--first-layer must be 0 or 1 without --features, which has two layers then, got {args.first_layer}")
     check_packages()
     from . import interrupts, jobs, outputs, runner
 

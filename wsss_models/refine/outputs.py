@@ -89,12 +89,13 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 def write(files: dict[str, Path], save: dict[str, Callable[[BinaryIO], None]], record: dict[str, Any]) -> None:
     """Writes all files of an image beside the old ones, then puts them in their place: a full disk or an interrupt before
     that leaves everything as it was. The old record goes first and the new one comes last: it marks a complete set.
+    Pictures of the old set that are not written again go too: they would show another result.
 
     Raises:
         InputError: a name cannot be written; another one can.
         OutputError: the operating system refuses, with its reason.
     """
-    text = (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode()
+    text = (json.dumps({**record, "files": _names(files)}, indent=2) + "\n").encode()
     fill = {**save, "record": lambda file: file.write(text)}
     temporary: dict[str, str] = {}
     path = files["record"]
@@ -104,8 +105,11 @@ def write(files: dict[str, Path], save: dict[str, Callable[[BinaryIO], None]], r
             with os.fdopen(handle, "wb") as file:
                 fill[kind](file)
             os.chmod(temporary[kind], 0o666 & ~_umask())
-        with contextlib.suppress(FileNotFoundError):
-            files["record"].unlink()
+        stale = set(_read_record(files["record"]).get("files", ())) - set(_names(files))
+        files["record"].unlink(missing_ok=True)
+        for suffix in SUFFIXES.values():
+            if (name := files["record"].stem + suffix) in stale:
+                files["record"].with_name(name).unlink(missing_ok=True)
         for kind, path in files.items():
             os.replace(temporary[kind], path)
     except OSError as error:
@@ -125,12 +129,25 @@ def checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def is_done(files: dict[str, Path], inputs: dict[str, Any]) -> bool:
-    """Whether all files are there and the record says that they were made from these inputs and parameters."""
-    if not all(path.is_file() for path in files.values()):
-        return False
+def _names(files: dict[str, Path]) -> list[str]:
+    return [path.name for path in files.values()]
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """A record of this format, or an empty one."""
     try:
-        record = json.loads(files["record"].read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    return isinstance(record, dict) and record.get("format") == FORMAT and record.get("inputs") == inputs
+        return {}
+    complete = isinstance(record, dict) and record.get("format") == FORMAT and isinstance(record.get("files"), list)
+    return record if complete else {}
+
+
+def is_done(files: dict[str, Path], inputs: dict[str, Any]) -> bool:
+    """Whether all files are there and the record says that they, pictures included, were made from these inputs and parameters."""
+    record = _read_record(files["record"])
+    return (
+        record.get("inputs") == inputs
+        and all(name in record["files"] for name in _names(files))
+        and all(path.is_file() for path in files.values())
+    )

@@ -19,6 +19,9 @@ from torch import Tensor
 from ..errors import InputError
 from .settings import Settings
 
+CAM_TOLERANCE = 1e-3
+"""Half-precision files overshoot 1 by rounding."""
+
 
 @dataclass(frozen=True)
 class Operators:
@@ -158,6 +161,31 @@ def check_grid(what: str, grid: Sequence[int], size: Sequence[int]) -> None:
         )
 
 
+def _checked(image: np.ndarray, cam: np.ndarray, encoder: np.ndarray, values: Sequence[int] | None, settings: Settings) -> list[int]:
+    """The pixel value of each map; raises `InputError` naming what cannot be refined."""
+    expected = {
+        "image": (image, lambda a: a.ndim == 3 and a.shape[2] == 3 and a.dtype == np.uint8, "[H, W, 3] uint8"),
+        "cam": (cam, lambda a: a.ndim == 3 and a.dtype.kind == "f", "[K, h, w], floating point"),
+        "encoder": (encoder, lambda a: a.ndim == 4 and a.dtype.kind == "f" and a.shape[1] > 0, "[L, C, h, w], floating point"),
+    }
+    for name, (array, fits, words) in expected.items():
+        if not isinstance(array, np.ndarray) or not fits(array) or 0 in array.shape[-2:] or 0 in image.shape:
+            found = f"{array.dtype} of shape {'×'.join(map(str, array.shape))}" if isinstance(array, np.ndarray) else type(array).__name__
+            raise InputError(f"{name}: expected an array {words}, not empty, got {found}")
+    if cam.size and not (cam.min() >= -CAM_TOLERANCE and cam.max() <= 1 + CAM_TOLERANCE):  # false for NaN
+        raise InputError(f"cam: expected values in 0…1, got {cam.min():g} … {cam.max():g} (wsss_kernels.normalize_cam brings them there)")
+    if not np.isfinite(encoder).all():
+        raise InputError("encoder: expected finite values, got NaN or infinity")
+    check_grid("cam", cam.shape[-2:], image.shape[:2])
+    check_grid("features", encoder.shape[-2:], image.shape[:2])
+    if settings.first_layer >= len(encoder):
+        raise InputError(f"features: expected more than first_layer = {settings.first_layer} layers, got {len(encoder)}")
+    numbers = list(values) if values is not None else list(range(1, len(cam) + 1))
+    if len(numbers) != len(cam) or len(set(numbers)) != len(numbers) or not all(n in range(255) for n in numbers):
+        raise InputError(f"values: expected {len(cam)} different integers in 0…254, one for each map of cam, got {numbers}")
+    return [int(n) for n in numbers]
+
+
 def refine(
     image: np.ndarray,
     cam: np.ndarray,
@@ -181,21 +209,18 @@ def refine(
         operators: `Operators.compiled()` by default.
 
     Raises:
-        InputError: a CAM or feature maps that do not belong to the image, or with fewer layers than `first_layer` needs.
+        InputError: arrays of another shape, dtype or range; a CAM or feature maps that do not belong to the image, or with
+            fewer layers than `first_layer` needs; values that are not different integers in 0…254.
     """
     settings, device = settings or Settings(), torch.device(device)
     operators = operators or Operators.compiled()
+    numbers = _checked(image, cam, encoder, values, settings)
     watch = Stopwatch(device)
     with watch("prepare"), torch.no_grad():
         picture = torch.from_numpy(working_image(image, settings.max_side)).to(device).permute(2, 0, 1).float() / 255
         maps = torch.from_numpy(np.ascontiguousarray(cam, dtype=np.float32)).to(device)
         features = torch.from_numpy(np.ascontiguousarray(encoder, dtype=np.float32)).to(device)
-        check_grid("cam", maps.shape[-2:], image.shape[:2])
-        check_grid("features", features.shape[-2:], image.shape[:2])
-        if settings.first_layer >= len(features):
-            raise InputError(f"features: expected more than first_layer = {settings.first_layer} layers, got {len(features)}")
         maps = on_grid(maps, features.shape[-2:])
-        numbers = list(values) if values is not None else list(range(1, len(maps) + 1))
         kept = [k for k, highest in enumerate(maps.amax(dim=(1, 2)).tolist()) if highest > 0]
         maps, numbers = maps[kept], [numbers[k] for k in kept]
     if not kept:

@@ -31,6 +31,7 @@ def _flag(text: str) -> Any:
     return field(default=False, metadata={"group": text.partition(":")[0], "help": text.partition(": ")[2], "read": bool})
 
 
+_MOST = 2**31 - 1  # the operators take 32-bit integers
 BOX, WALK, BACKGROUND, PAR = "box mask", "affinity and random walk", "background", "pixel-adaptive refinement (PAR)"
 TOKENS, POINTS = "token grid and fallback features (without --features)", "CAM from points (--point, --points)"
 
@@ -41,16 +42,16 @@ class Settings:
 
     box_threshold: float = _option(0.4, BOX, "foreground of the box mask: CAM above this share of its maximum (VOC 0.4, COCO 0.7)", 0, 1)
     box_clip_border: bool = _flag(f"{BOX}: never cover the last row and column, as the released code does")
-    sinkhorn_iter: int = _option(3, WALK, "rounds of column and row normalisation of the affinity", 0)
-    power: int = _option(2, WALK, "steps of the random walk", 0)
+    sinkhorn_iter: int = _option(3, WALK, "rounds of column and row normalisation of the affinity", 0, _MOST)
+    power: int = _option(2, WALK, "steps of the random walk", 0, _MOST)
     mask_side: str = _option("source", WALK, "what the box mask masks: where the walk starts (source) or where it ends (target)", 0)
     clamp_min: float = _option(0.0, WALK, "smallest affinity; Sinkhorn needs non-negative ones", 0)
-    first_layer: int = _option(0, WALK, "first layer of --features (from 0) whose affinity is used", 0)
+    first_layer: int = _option(0, WALK, "first layer of --features (from 0) whose affinity is used", 0, _MOST)
     background_power: float = _option(1.0, BACKGROUND, "background score = (1 - highest class score) to this power", 0)
     background_score: float | None = _option(None, BACKGROUND, "a constant background score instead", 0, 1, read=number_or_none)
-    par_iter: int = _option(20, PAR, "iterations (WeCLIP 20, AFA 10); 0 leaves PAR out", 0)
+    par_iter: int = _option(20, PAR, "iterations (WeCLIP 20, AFA 10); 0 leaves PAR out", 0, _MOST)
     par_dilations: tuple[int, ...] = _option(
-        (1, 2, 4, 8, 12, 24), PAR, "distances of the neighbours, comma-separated", 1, read=integers, unit="pixels"
+        (1, 2, 4, 8, 12, 24), PAR, "distances of the neighbours, comma-separated", 1, _MOST, read=integers, unit="pixels"
     )
     par_w1: float = _option(0.3, PAR, "colour scale, in standard deviations of the neighbours", 1e-6)
     par_w2: float = _option(0.3, PAR, "distance scale, in standard deviations of the distances", 1e-6)
@@ -82,7 +83,11 @@ class Settings:
             if item.name == "mask_side":
                 if value not in ("source", "target"):
                     raise UsageError(f"--mask-side must be source or target, got {value!r}")
-            elif value is not None and item.metadata["read"] is not bool:
+                continue
+            kind, fits = _FITS[item.metadata["read"]]
+            if not fits(value):
+                raise UsageError(f"{_option_name(item.name)} must be {kind}, got {value!r}")
+            if value is not None and item.metadata["read"] is not bool:
                 _in_range(item, value)
 
     def record(self) -> dict[str, Any]:
@@ -94,11 +99,28 @@ def _option_name(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+_FITS: dict[Callable, tuple[str, Callable[[Any], bool]]] = {
+    bool: ("True or False", lambda v: isinstance(v, bool)),
+    int: ("an integer", _is_integer),
+    float: ("a number", _is_number),
+    integers: ("a tuple of integers", lambda v: isinstance(v, tuple) and all(map(_is_integer, v))),
+    number_or_none: ("a number or None", lambda v: v is None or _is_number(v)),
+}
+
+
 def _in_range(item: dataclasses.Field, value: Any) -> None:
     minimum, maximum = item.metadata["minimum"], item.metadata["maximum"]
     values = value if isinstance(value, tuple) else (value,)
     if not values or not all(math.isfinite(v) and minimum <= v <= maximum for v in values):
-        bounds = f"at least {minimum:g}" if maximum == math.inf else f"between {minimum:g} and {maximum:g}"
+        bounds = f"at least {minimum:g}" if maximum == math.inf else f"between {minimum:g} and {maximum:.10g}"
         raise UsageError(f"{_option_name(item.name)} must be {bounds}, got {','.join(map(str, values)) or 'nothing'}")
 
 

@@ -204,15 +204,16 @@ def affinity_deviation(decoder_affinity: Tensor, encoder_affinity: Tensor, *, si
     for name, t in (("decoder_affinity", decoder_affinity), ("encoder_affinity", encoder_affinity)):
         _args.same(op, "the rows", t.shape[-2], f"the columns of {name}", t.shape[-1], "number")
     _args.same(op, "decoder_affinity", decoder_affinity.shape[-1], "encoder_affinity", encoder_affinity.shape[-1], "number of tokens")
+    _args.flag(op, "signed", signed)
     pair = _args.align(op, ("decoder_affinity", "encoder_affinity"), (decoder_affinity, encoder_affinity))
     chosen = DEVIATION_OP.resolve(pair, backend)
     if chosen == "reference":
-        return reference.affinity_deviation(*pair, signed=bool(signed))
-    return apply(_Deviation, *_args.widen(chosen, *pair), bool(signed), chosen)
+        return reference.affinity_deviation(*pair, signed=signed)
+    return apply(_Deviation, *_args.widen(chosen, *pair), signed, chosen)
 
 
 def check_refining(
-    op: str, decoder_feature: Tensor | None, encoder: Tensor, encoder_is: str, first_layer: int, clamp_min: float | None
+    op: str, decoder_feature: Tensor | None, encoder: Tensor, encoder_is: str, first_layer: int, signed: bool, clamp_min: float | None
 ) -> None:
     """Checks what `refining_map` and `affinity_random_walk` have in common."""
     _args.choice(op, "encoder_is", encoder_is, ("feature", "affinity"))
@@ -228,6 +229,7 @@ def check_refining(
         raise ValueError(f"{op}: encoder must have at least one layer, got {_args.describe(encoder)}")
     if _args.integer(op, "first_layer", first_layer, 0) >= encoder.shape[1]:
         raise ValueError(f"{op}: first_layer must be below the number of layers {encoder.shape[1]}, got {first_layer}")
+    _args.flag(op, "signed", signed)
     if clamp_min is not None:
         _args.number(op, "clamp_min", clamp_min)
 
@@ -279,13 +281,13 @@ def refining_map(
         TypeError: not floating-point tensors, mixed dtypes or devices.
         ValueError: wrong rank, batch sizes or N that differ, no layer, `first_layer` outside [0, L), N = 0.
     """
-    check_refining("refining_map", decoder_feature, encoder, encoder_is, first_layer, clamp_min)
+    check_refining("refining_map", decoder_feature, encoder, encoder_is, first_layer, signed, clamp_min)
     if decoder_feature is None:
         (encoder,) = tensors = _args.align("refining_map", ("encoder",), (encoder,))
     else:
         decoder_feature, encoder = tensors = _args.align("refining_map", ("decoder_feature", "encoder"), (decoder_feature, encoder))
     chosen = REFINING_OP.resolve(tensors, backend)
-    maps, signed = encoder_is == "affinity", bool(signed)
+    maps = encoder_is == "affinity"
     if chosen == "reference":
         return reference.refining_map(
             decoder_feature, encoder, encoder_is=encoder_is, first_layer=first_layer, signed=signed, clamp_min=clamp_min

@@ -139,6 +139,7 @@ def deviation_malformed() -> list[Malformed]:
         Malformed("tokens", (a, e[..., :3, :3]), {}, ValueError, "must have the same number of tokens, got 4 and 3"),
         Malformed("mixed dtypes", (a.double(), e), {}, TypeError, "must have one dtype, got torch.float64 and torch.float32"),
         Malformed("integers", (a, e.long()), {}, TypeError, "encoder_affinity must be a floating-point tensor .* got int64"),
+        Malformed("signed", (a, e), {"signed": 1}, TypeError, "signed must be True or False, got 1"),
         Malformed("N = 0", (a[:, :0, :0], e), {}, ValueError, "a spatial extent must not be 0"),
     ]
 
@@ -162,6 +163,7 @@ def refining_malformed(cam: tuple = ()) -> list[Malformed]:
         Malformed("no layer", (*cam, d, f[:, :0]), {}, ValueError, "encoder must have at least one layer"),
         Malformed("first_layer", (*cam, d, f), {"first_layer": 3}, ValueError, "first_layer must be below the number of layers 3, got 3"),
         Malformed("negative first_layer", (*cam, d, f), {"first_layer": -1}, ValueError, "first_layer must be at least 0, got -1"),
+        Malformed("signed", (*cam, d, f), {"signed": "no"}, TypeError, "signed must be True or False, got 'no'"),
         Malformed("NaN clamp", (*cam, d, f), {"clamp_min": float("nan")}, ValueError, "clamp_min must be a finite number, got nan"),
     ]
 

@@ -56,12 +56,13 @@ def box_mask(cam: Tensor, threshold: float = 0.4, *, clip_border: bool = False, 
     """
     _args.tensor("box_mask", "cam", cam, "…×h×w", spatial=2)
     threshold = _args.number("box_mask", "threshold", threshold)
+    _args.flag("box_mask", "clip_border", clip_border)
     _args.no_gradient("box_mask", cam=cam)
     chosen = BOX_MASK_OP.resolve((cam,), backend)
     if chosen == "reference":
         mask = reference.box_mask(cam, threshold, clip_border=clip_border)
     else:
-        mask = _box_mask[chosen](*_args.widen(chosen, cam), threshold, bool(clip_border))
+        mask = _box_mask[chosen](*_args.widen(chosen, cam), threshold, clip_border)
     return mask.to(_result_dtype(cam))
 
 

@@ -139,6 +139,10 @@ def box_mask_malformed() -> list[Malformed]:
         Malformed("no column", (cam[..., :0],), {}, ValueError, "a spatial extent must not be 0"),
         Malformed("NaN threshold", (cam, float("nan")), {}, ValueError, "threshold must be a finite number, got nan"),
         Malformed("infinite threshold", (cam, float("inf")), {}, ValueError, "threshold must be a finite number, got inf"),
+        Malformed("clip_border", (cam,), {"clip_border": "no"}, TypeError, "clip_border must be True or False, got 'no'"),
+        Malformed("sparse", (cam.to_sparse(),), {}, TypeError, "cam must be a dense tensor, got layout torch.sparse_coo; use cam.to_dense"),
+        Malformed("an array", (cam.numpy(),), {}, TypeError, "cam must be a floating-point tensor .* got ndarray of shape 2×4×5$"),
+        Malformed("float8", (cam.to(torch.float8_e4m3fn),), {}, TypeError, "cam must be a floating-point tensor .* got float8_e4m3fn"),
         Malformed("threshold not a number", (cam, "0.4"), {}, TypeError, "threshold must be a number, got '0.4'"),
     ]
 

@@ -125,8 +125,7 @@ def par(
         NotImplementedError: `image` requires a gradient.
     """
     steps, num_iter = _checked(image, mask, dilations, num_iter, variant, resize)
-    if not isinstance(exact, bool):
-        raise TypeError(f"par: exact must be True or False, got {_args.describe(exact)}")
+    _args.flag("par", "exact", exact)
     scales = [_args.number("par", name, value, positive=True) for name, value in (("w1", w1), ("w2", w2))]
     w3 = _args.number("par", "w3", w3)
     _args.no_gradient("par", image=image)

@@ -221,7 +221,7 @@ def affinity_random_walk(
     """
     op = "affinity_random_walk"
     check_cam(op, cam, mask, "B×K×h×w")
-    check_refining(op, decoder_feature, encoder, encoder_is, first_layer, clamp_min)
+    check_refining(op, decoder_feature, encoder, encoder_is, first_layer, signed, clamp_min)
     _args.same(op, "cam", cam.shape[0], "encoder", encoder.shape[0], "batch size")
     _args.same(op, "cam", cam.shape[-2] * cam.shape[-1], "encoder", encoder.shape[-1], "number of tokens (h·w and N)")
     options = check_options(op, sinkhorn_iter, power, mask_side)
@@ -248,7 +248,7 @@ def affinity_random_walk(
             mask_side=mask_side,
         )
     maps = encoder_is == "affinity"
-    refine = (maps, int(first_layer), bool(signed), None if clamp_min is None else float(clamp_min))
+    refine = (maps, int(first_layer), signed, None if clamp_min is None else float(clamp_min))
     decoder, wide = widen_refining(decoder, encoder, maps, chosen)
     (start,) = _args.widen(chosen, cam)
     weight = None if mask is None else _args.widen(chosen, mask)[0]

@@ -77,6 +77,7 @@ def _run(op: Operator, function, plain, visual, text, scale, normalize: bool, ba
     _args.tensor(op.name, "visual", visual, "B×C×h×w", spatial=2)
     _args.tensor(op.name, "text", text, "K×C")
     _args.same(op.name, "visual", visual.shape[1], "text", text.shape[1], "number of channels")
+    _args.flag(op.name, "normalize_visual", normalize)
     learned = isinstance(scale, Tensor)
     if learned:
         if scale.dim() != 0 or not scale.is_floating_point():
@@ -88,10 +89,10 @@ def _run(op: Operator, function, plain, visual, text, scale, normalize: bool, ba
     tensors = _args.align(op.name, ("visual", "text", "scale")[: len(given)], given)
     chosen = op.resolve(tensors, backend)
     if chosen == "reference":
-        return plain(*tensors[:2], tensors[2] if learned else scale, normalize_visual=bool(normalize))
+        return plain(*tensors[:2], tensors[2] if learned else scale, normalize_visual=normalize)
     wide = _args.widen(chosen, *tensors)
     factor = wide[2] if learned else wide[0].new_full((), scale, dtype=_args.accumulator(wide[0].dtype))
-    return _args.rounded(apply(function, *wide[:2], factor, chosen, bool(normalize)), tensors[0].dtype)
+    return _args.rounded(apply(function, *wide[:2], factor, chosen, normalize), tensors[0].dtype)
 
 
 def text_similarity(

@@ -68,6 +68,7 @@ def malformed() -> list[Malformed]:
             "scale must be a number or a floating-point tensor without dimensions",
         ),
         Malformed("integer scale", (visual, text, torch.tensor(2)), {}, TypeError, "scale must be a number or a floating-point tensor"),
+        Malformed("normalize", (visual, text), {"normalize_visual": "no"}, TypeError, "normalize_visual must be True or False, got 'no'"),
         Malformed("NaN scale", (visual, text, float("nan")), {}, ValueError, "scale must be a finite number, got nan"),
         Malformed("scale no number", (visual, text, "1"), {}, TypeError, "scale must be a number, got '1'"),
     ]
