@@ -89,11 +89,10 @@ class LayerCamClassifier(nn.Module):
 
     @torch.enable_grad()
     def maps(self, x: Tensor) -> Tensor:
-        """relu(Σ_c relu(∂y / ∂A_c) · A_c) of each stage, each divided by its maximum, then the largest of the stages."""
+        """relu(Σ_c relu(∂y / ∂A_c) · A_c) of each stage, each scaled to 0 … 1, then the largest of the stages."""
         found = self.trunk(x.detach().requires_grad_())
         gradients = torch.autograd.grad(self.head(found[-1].mean((2, 3))).sum(), found)
-        layers = [(g.relu() * a).sum(1).relu() for g, a in zip(gradients, found, strict=True)]
-        layers = [m / m.amax(dim=(1, 2), keepdim=True).clamp(min=1e-7) for m in layers]
+        layers = [min_max((g.relu() * a).sum(1).relu()) for g, a in zip(gradients, found, strict=True)]
         return min_max(torch.stack([_enlarge(m, x.shape[-1]) for m in layers]).amax(0).detach())
 
 

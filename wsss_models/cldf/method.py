@@ -27,6 +27,7 @@ from .features import Extractor
 
 CLASSES = ("background", "object")
 _BATCH = 16
+_SMALLEST = 64  # ResNet-18 divides by 32, and a norm over one pixel is nothing
 
 
 def _channels(slices: Slices) -> int:
@@ -87,6 +88,10 @@ def _both(slices: Slices) -> list[str]:
 
 def _cam_model(context: Context, slices: Slices, *, fresh: bool = False) -> cams.AmeCam | cams.LayerCamClassifier:
     config = context.config.cam if fresh else replace(context.config.cam, weights=None)
+    if context.config.data.size < _SMALLEST:
+        raise UsageError(
+            f"data.size: the classifier of the activation maps needs at least {_SMALLEST} pixels, got {context.config.data.size}"
+        )
     return (cams.AmeCam if config.source == "ame" else cams.LayerCamClassifier)(_channels(slices), config)
 
 
