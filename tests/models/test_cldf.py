@@ -254,7 +254,7 @@ def test_layer_cam():
     model = cam.LayerCamClassifier(2, Cam(width=0.125)).eval()
     assert model(torch.randn(1, 2, 64, 64)).shape == (1, 1)
     assert model.maps(torch.randn(2, 2, 64, 64)).shape == (2, 64, 64)
-    model.trunk, model.head = Same(), nn.Linear(2, 1)
+    model.trunk, model.head, model.fused = Same(), nn.Linear(2, 1), [0]
     model.head.weight.data.copy_(torch.tensor([[1.0, -1.0]]))
     x = torch.randn(2, 2, 8, 8)
     found = model.maps(x)
@@ -501,6 +501,22 @@ def test_dicom(tmp_path):
     (tmp_path / "3" / "DICOM_anon" / "i0000,0000b.dcm").write_bytes(b"nothing")
     with pytest.raises(InputError, match="cannot be read as DICOM"):
         volumes.read_dicom(tmp_path / "3" / "DICOM_anon" / "i0000,0000b.dcm")
+
+
+def test_scaling():
+    volume = np.zeros((2, 1, 4, 4), np.float32)
+    volume[0, 0] = np.arange(16).reshape(4, 4) * 10
+    found = slices.scaled(volume, Data())
+    assert found.min() == -1 and found.max() == 1 and found[0, 0, 0, 2] == pytest.approx(20 / 150 * 2 - 1)
+    found = slices.scaled(volume, Data(percentile=90.0))
+    low, high = np.percentile(np.arange(1, 16) * 10, [10, 90])
+    assert found[0, 0, 2, 0] == pytest.approx((80 - low) / (high - low) * 2 - 1) and found[0, 0, 3, 3] == 1
+    hounsfield = slices.scaled(np.array([-1000.0, -160, 40, 240, 3000]).reshape(1, 1, 1, 5), Data(dataset="flare"))
+    assert hounsfield.ravel().tolist() == [-1, -1, 0, 1, 1]
+    with pytest.raises(UsageError, match="data.percentile"):
+        slices.scaled(volume, Data(percentile=20.0))
+    with pytest.raises(UsageError, match="cam.stages"):
+        cam.LayerCamClassifier(2, Cam(stages=(0,)))
 
 
 def test_patients_are_not_divided():

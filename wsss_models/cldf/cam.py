@@ -79,6 +79,9 @@ class LayerCamClassifier(nn.Module):
         super().__init__()
         self.trunk = Trunk(channels, config, nn.BatchNorm2d)
         self.head = nn.Linear(self.trunk.widths[-1], 1)
+        if not config.stages or not set(config.stages) <= {1, 2, 3, 4}:
+            raise UsageError(f"cam.stages: expected some of 1, 2, 3, 4, got {config.stages}")
+        self.fused = [s - 1 for s in config.stages]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.trunk(x)[-1].mean((2, 3)))
@@ -89,10 +92,10 @@ class LayerCamClassifier(nn.Module):
 
     @torch.enable_grad()
     def maps(self, x: Tensor) -> Tensor:
-        """relu(Σ_c relu(∂y / ∂A_c) · A_c) of each stage, each scaled to 0 … 1, then the largest of the stages."""
+        """relu(Σ_c relu(∂y / ∂A_c) · A_c) of the chosen stages, each scaled to 0 … 1, then the largest of the stages."""
         found = self.trunk(x.detach().requires_grad_())
         gradients = torch.autograd.grad(self.head(found[-1].mean((2, 3))).sum(), found)
-        layers = [min_max((g.relu() * a).sum(1).relu()) for g, a in zip(gradients, found, strict=True)]
+        layers = [min_max((gradients[s].relu() * found[s]).sum(1).relu()) for s in self.fused]
         return min_max(torch.stack([_enlarge(m, x.shape[-1]) for m in layers]).amax(0).detach())
 
 

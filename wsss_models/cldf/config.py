@@ -23,6 +23,9 @@ class Data:
     """Side of the slices as every network sees them."""
     crop: float = 1.0
     """Share of the shorter side that the centre crop keeps."""
+    percentile: float = 100.0
+    """MR is scaled between the (100 - p)-th and the p-th percentile of its volume's pixels above the background; 100: by minimum and
+    maximum, as published."""
     positive: float = 0.01
     """A slice is positive if the object covers more than this share of it; FLARE and DICOM: 0."""
     content: float = 0.0
@@ -94,6 +97,8 @@ class Cam:
     weight_decay: float = 1e-5
     width: float = 1.0
     """Factor of the channels."""
+    stages: tuple[int, ...] = (1, 2, 3, 4)
+    """Of LayerCAM, fused by their maximum."""
     threshold: float | None = None
     """`None`: Otsu's, for each map; the released AME-CAM uses 0.5."""
     invert: bool = False

@@ -72,13 +72,26 @@ def parts(found: Sequence[Case], config: Data, seed: int) -> dict[str, list[str]
 
 
 def scaled(volume: np.ndarray, config: Data) -> np.ndarray:
-    """Images `[Z, C, H, W]` → −1 … 1: CT by its window, MR by each modality's minimum and maximum in the volume."""
+    """Images `[Z, C, H, W]` → −1 … 1: CT by its window, MR by each modality's minimum and maximum (or percentiles) in the volume."""
     if config.dataset in ("flare", "dicom"):
         low, high = config.window
         return np.clip((volume - low) / (high - low), 0, 1) * 2 - 1
-    low = volume.min(axis=(0, 2, 3), keepdims=True)
-    high = volume.max(axis=(0, 2, 3), keepdims=True)
-    return (volume - low) / np.maximum(high - low, 1e-7) * 2 - 1
+    scaled_ = np.empty_like(volume)
+    for k in range(volume.shape[1]):
+        plane = volume[:, k]
+        low, high = _ends(plane, config.percentile)
+        scaled_[:, k] = np.clip((plane - low) / max(high - low, 1e-7), 0, 1) * 2 - 1
+    return scaled_
+
+
+def _ends(volume: np.ndarray, percentile: float) -> tuple[float, float]:
+    if percentile == 100:
+        return float(volume.min()), float(volume.max())
+    if not 50 < percentile < 100:
+        raise UsageError(f"data.percentile: expected a number above 50, at most 100, got {percentile}")
+    above = volume[volume > volume.min()]
+    low, high = np.percentile(above, [100 - percentile, percentile]) if above.size else (0.0, 0.0)
+    return float(low), float(high)
 
 
 def resized(volume: Tensor, config: Data, *, mask: bool) -> Tensor:
