@@ -17,15 +17,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..data import read_mask
 from ..data.oct import BScan
-from ..engine import Context, Evaluation, Method, Stage, Training, Writing, auc, load_weights, png
+from ..engine import Context, Evaluation, Method, Stage, Training, Writing, auc, png
 from ..engine.writing import Saver, npy
 from ..errors import InputError, UsageError
 from . import data, text
 from .config import OctConfig
 from .data import HEALTHY, Labelled, Pairs, Scans, resized
-from .encoder import SIZES, load_mit, mit_config
 from .generator import Ganomaly
 from .model import OctModel, losses
+from .network import Network
 from .pseudo_label import Sweep, fused_maps, mask_at
 
 _LABEL_TEXT, _CAPTIONS, _GENERATOR = "label_text", "captions", "healthy_generator"
@@ -302,42 +302,6 @@ def evaluate(part: str, stage: str, *, model: bool) -> Callable[[Context], Evalu
         )
 
     return build
-
-
-class Network(nn.Module):
-    """DeepLabV3+ or SegFormer: images in 0 … 1 → logits `Tensor[B, K, h, w]` at full size."""
-
-    def __init__(self, config, classes: int, *, trained: bool):
-        super().__init__()
-        self.kind = config.network
-        if config.network == "segformer":
-            from transformers import SegformerForSemanticSegmentation
-
-            if config.encoder not in SIZES:
-                raise UsageError(f"segment.encoder: expected one of {', '.join(SIZES)} for segformer, got {config.encoder!r}")
-            width = 768 if config.encoder in ("mit_b3", "mit_b4", "mit_b5") else 256
-            self.net = SegformerForSemanticSegmentation(mit_config(config.encoder, num_labels=classes, decoder_hidden_size=width))
-            if config.weights is not None and not trained:
-                load_mit(self.net.segformer, config.weights)
-        else:
-            import segmentation_models_pytorch as smp
-
-            try:
-                self.net = smp.DeepLabV3Plus(config.encoder, encoder_weights=None, classes=classes)
-            except (KeyError, ValueError) as error:
-                raise UsageError(f"segment.encoder: {str(error).partition(chr(10))[0]}") from None
-            if config.weights is not None and not trained:
-                try:
-                    self.net.encoder.load_state_dict(load_weights(config.weights))
-                except (RuntimeError, KeyError) as error:
-                    raise UsageError(f"segment.weights {config.weights}: holds another encoder ({error})") from None
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None])
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None])
-
-    def forward(self, image: Tensor) -> Tensor:
-        x = (image - self.mean) / self.std
-        logit = self.net(x).logits if self.kind == "segformer" else self.net(x)
-        return F.interpolate(logit, image.shape[2:], mode="bilinear", align_corners=False)
 
 
 def train_network(context: Context) -> Training:
