@@ -158,6 +158,9 @@ def _curves(pyplot, sweeps: Sequence[list[Row]], what: str):
             xscale="log", yscale="log", title=rows[0].op, xlabel=rows[0].sweep, ylabel="ms" if what == "time" else "MiB above the inputs"
         )
         axis.title.set_fontsize(9)
+        sizes = sorted({r.size for r in rows if r.size is not None})
+        axis.minorticks_off()
+        axis.set_xticks(sizes, [f"{size:g}" for size in sizes])
         axis.tick_params(labelsize=7)
         axis.legend(fontsize=6)
     for axis in list(axes.flat)[len(sweeps) :]:

@@ -8,8 +8,8 @@ In a clone the baselines are those of `benchmarks/baselines` (the released algor
 package alone they are the operators' plain PyTorch references.
 """
 
-from .measure import Row, measure
 from .sweep import exponent
 from .table import append, headline, read, slug, text
+from .timing import Row, measure
 
 __all__ = ["Row", "append", "exponent", "headline", "measure", "read", "slug", "text"]

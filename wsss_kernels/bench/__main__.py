@@ -14,8 +14,8 @@ from .. import bench, registry
 from .._spec import Case, OpSpec, Sweep
 from ..tune import tune
 from . import compare, sweep as sweeps
-from .measure import MODES, Row, commit, machine, measure
 from .table import append, slug, text
+from .timing import MODES, Row, commit, machine, measure
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from .._spec import OpSpec, Sweep
-from .measure import Row, measure
+from .timing import Row, measure
 
 _SHARE = 0.5  # of the free memory that a baseline may be expected to need
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from .measure import Row
+from .timing import Row
 
 EAGER = ("eager", "reference")
 
