@@ -281,10 +281,12 @@ def write(rows: Sequence[Row], steps: Sequence[tuple[str, dict]], out: Path, nam
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0; 2 for wrong use."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("csv", type=Path)
+    parser.add_argument("csv", type=Path, help="a file of `make bench`, or a folder: the newest one in it")
     parser.add_argument("--end-to-end", type=Path, nargs="*", default=[ROOT / "benchmarks/results/end_to_end"], metavar="FOLDER")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/reports")
     options = parser.parse_args(argv)
+    if options.csv.is_dir():
+        options.csv = max(options.csv.glob("*.csv"), key=lambda p: p.stat().st_mtime, default=options.csv / "nothing.csv")
     try:
         rows = read(options.csv)
     except FileNotFoundError:
