@@ -328,7 +328,7 @@ def train_network(context: Context) -> Training:
 
 def predictor(context: Context) -> Callable[[np.ndarray], np.ndarray]:
     recipe = context.config.segment
-    classes = len(data._READERS[context.config.data.dataset].CLASSES)
+    classes = len(data.READERS[context.config.data.dataset].CLASSES)
     network = context.load(Network(recipe, classes, trained=True), "network")
 
     @torch.no_grad()
