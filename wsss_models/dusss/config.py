@@ -101,6 +101,9 @@ class Semi:
     """False: mean teacher without text."""
     loss: Literal["balanced", "bce"] = "balanced"
     """Half Dice, half class-balanced binary cross-entropy (the code); or plain binary cross-entropy (the paper's words)."""
+    soft_loss: Literal["balanced", "bce"] = "balanced"
+    """Against the soft targets of unlabelled images. The balanced loss of a target p everywhere is least at ½, so that teacher and
+    student drive each other towards too much foreground; plain cross-entropy is least at p."""
     literal: bool = False
     """Eq. 15 as printed: the sigmoid of a sum of two probabilities, never below 0.5."""
     weight: float = 1.0
