@@ -5,7 +5,7 @@ from .config import RunConfig
 from .context import Context
 from .evaluation import Evaluation, evaluate_masks
 from .method import Method, Stage
-from .metrics import Confusion
+from .metrics import Confusion, auc
 from .schedules import cosine_restarts, polynomial
 from .training import Training
 from .writing import Writing, png
@@ -19,6 +19,7 @@ __all__ = [
     "Stage",
     "Training",
     "Writing",
+    "auc",
     "cosine_restarts",
     "evaluate_masks",
     "load_weights",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from scipy.stats import rankdata
 
 
 class Confusion:
@@ -72,3 +73,11 @@ def figures(matrix: np.ndarray) -> dict[str, Any]:
         "dice": dice,
         "accuracy_per_class": accuracy,
     }
+
+
+def auc(score: np.ndarray, label: np.ndarray) -> float | None:
+    """The probability that a positive scores above a negative (ties count half); `None` without one of them."""
+    rank = rankdata(score)
+    positive = label.astype(bool)
+    n, m = int(positive.sum()), int((~positive).sum())
+    return float((rank[positive].sum() - n * (n + 1) / 2) / (n * m)) if n and m else None

@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import rankdata
 from torch import nn
 from torch.utils.data import DataLoader
 
 from ..data import read_mask
-from ..engine import Confusion, Context, Evaluation, Method, Stage, Training, Writing, load_weights, png, polynomial
+from ..engine import Confusion, Context, Evaluation, Method, Stage, Training, Writing, auc, load_weights, png, polynomial
 from ..errors import UsageError
 from .config import Classify, GlandConfig
 from .data import CLASSES, CropData, Images, PatchData, distortion, usable
@@ -141,14 +140,6 @@ def baselines(images: Images, names: Sequence[str]) -> dict[str, float]:
             confusion.add(images.label(item), make(images.image(item)))
         found[f"miou_{name}"] = confusion.metrics()["miou"]
     return found
-
-
-def auc(score: np.ndarray, label: np.ndarray) -> float | None:
-    """The probability that a positive scores above a negative (ties count half); `None` without one of them."""
-    rank = rankdata(score)
-    positive = label.astype(bool)
-    n, m = int(positive.sum()), int((~positive).sum())
-    return float((rank[positive].sum() - n * (n + 1) / 2) / (n * m)) if n and m else None
 
 
 @torch.no_grad()

@@ -1,0 +1,1 @@
+"""Weakly supervised OCT segmentation with structural and textual guidance (M0)."""
