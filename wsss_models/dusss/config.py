@@ -28,6 +28,8 @@ class Data:
     validation: float = 0.1
     test: float = 0.2
     """Shares of the images where the data set has no such parts."""
+    test_on_validation: bool = False
+    """Test on the validation images too; they may then choose nothing (`semi.patience=null`)."""
     rotation: float = 20.0
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)

@@ -18,7 +18,7 @@ from ..data import lvit, monuseg, qata, read_image, read_lines, read_mask, slidi
 from ..data.files import split
 from ..data.lvit import Pair
 from ..engine import Context
-from ..errors import InputError
+from ..errors import InputError, UsageError
 from .config import Data
 from .encoders import Tokens
 
@@ -59,6 +59,10 @@ class Images:
         if "validation" not in found:
             count = round(config.validation * len(found["train"]))
             found["validation"], found["train"] = split(found["train"], (count, len(found["train"]) - count), seed)
+        if config.test_on_validation:
+            if self.context.config.semi.patience is not None:
+                raise UsageError("data.test_on_validation: the validation images choose the weights; set semi.patience=null")
+            found = {"train": found["train"], "test": [*found["validation"], *found.get("test", [])]}
         return {part: found.get(part, []) for part in ("train", "validation", "test")}
 
     def _views(self, pairs: Sequence[Pair]) -> list[View]:

@@ -175,7 +175,7 @@ def train_student(context: Context) -> Training:
         progress["step"] = step
         model.follow()
 
-    per_epoch = math.ceil(len(dataset) / recipe.batch_size)
+    per_epoch = math.ceil(len(images.views) / recipe.batch_size)  # the same rates with and without unlabelled images
     held = images.names("validation")
 
     def validate(network: nn.Module) -> dict[str, float]:
