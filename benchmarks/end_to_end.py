@@ -136,7 +136,12 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{stage.name}: left out ({error})")
             continue
         found = {name: measure(context, stage, backend, args.steps) for name, backend in BACKENDS.items()}
-        about = {"device": str(context.device), "threads": torch.get_num_threads(), "versions": runs.about.versions()}
+        about = {
+            "method": method.name,
+            "device": str(context.device),
+            "threads": torch.get_num_threads(),
+            "versions": runs.about.versions(),
+        }
         _write(args.out / "end_to_end", stage.name, found, about)
         for name, values in found.items():
             print(

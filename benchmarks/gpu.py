@@ -188,6 +188,8 @@ def bench_steps(folders: Sequence[str], cases: dict[str, list[tuple[str, str]]],
         name, case = cases[folder][0]
         names = [part for name in dict.fromkeys(name for name, _ in cases[folder]) for part in ("--op", name)]
         yield Step(f"bench/{folder}", [*command, "0.05", "--op", name, "--case", case] if rehearse else [*command, "1.5", *names])
+    if importlib.util.find_spec("matplotlib") is not None:
+        yield Step("bench/report", [sys.executable, "benchmarks/machine_report.py", str(out), "--out", str(out / "reports")])
 
 
 def benchmark_cases() -> dict[str, list[tuple[str, str]]]:

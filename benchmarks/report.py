@@ -7,7 +7,6 @@ with the ratios that stand there; `--check` says (exit code 1) whether the READM
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from pathlib import Path
 
@@ -16,30 +15,31 @@ sys.path.insert(0, str(ROOT))
 
 from wsss_kernels import registry  # noqa: E402  (the clone must come first on the path)
 from wsss_kernels._spec import OpSpec  # noqa: E402
+from wsss_kernels.bench import Row, headline, read  # noqa: E402
 
 BEGIN, END = "<!-- operators -->", "<!-- /operators -->"
 DEVICES = {"cpu": "C++", "cuda": "CUDA", "triton": "Triton"}
 
 
-def latest(path: Path) -> dict[tuple[str, str], list[dict]]:
+def latest(path: Path) -> dict[tuple[str, str], list[Row]]:
     """The newest rows of every case, ours first."""
-    found: dict[tuple[str, str], list[dict]] = {}
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            key = (row["op"], row["case"])
-            if row["provider"] == "ours":
-                found[key] = []
-            found.setdefault(key, []).append(row)
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in read(path):
+        if not row.sweep:
+            found.setdefault((row.op, row.case), []).append(row)
     return found
 
 
-def _ratio(spec: OpSpec, measured: dict) -> str:
+def _ratio(spec: OpSpec, measured: dict[tuple[str, str], list[Row]]) -> str:
+    """The headline ratio, against the best baseline, and beside it the one against eager, of the first two cases."""
     cells = []
     for case in spec.cases:
         rows = measured.get((spec.name, case.name), [])
-        if len(rows) > 1 and rows[0]["gate"] == "green":
-            baselines = ", ".join(f"{float(row['ratio']):.3g}× {row['provider']}" for row in rows[1:])
-            cells.append(f"{baselines} ({case.name.replace('_', ' ')})")
+        if rows and rows[0].provider == "ours" and rows[0].gate == "green":
+            _, best, eager = headline(rows)
+            if best is not None:
+                beside = f", {eager.ratio:.3g}× eager" if eager is not None and eager is not best else ""
+                cells.append(f"{best.ratio:.3g}× {best.provider}{beside} ({case.name.replace('_', ' ')})")
     return "; ".join(cells[:2])
 
 

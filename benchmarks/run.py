@@ -1,4 +1,7 @@
-"""`make bench`: the operators against the baselines of this folder, rows appended to `benchmarks/results/<machine>.csv`."""
+"""`make bench`: cases with compiled baselines, then sweeps, rows appended to `benchmarks/results/<machine>.csv`; then the report.
+
+Options are those of `python -m wsss_kernels.bench`; with `--op`, `--case`, `--tune`, `--compare` or `--sweep` only that is done.
+"""
 
 import sys
 from pathlib import Path
@@ -6,7 +9,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from wsss_kernels import bench  # noqa: E402  (the clone must come first on the path)
+from benchmarks import machine_report  # noqa: E402  (the clone must come first on the path)
+from wsss_kernels.bench import __main__ as bench, slug  # noqa: E402
+from wsss_kernels.bench.timing import machine  # noqa: E402
+
+RESULTS = ROOT / "benchmarks/results"
+
+
+def main(given: list[str]) -> int:
+    """Exit code 1 if a gate is red."""
+    if any(word in given for word in ("--op", "--case", "--tune", "--compare", "--sweep", "--csv")):
+        return bench.main(given if "--csv" in given else ["--csv", str(RESULTS), *given])
+    code = bench.main(["--csv", str(RESULTS), "--all", "--compiled", "--seconds", "3", "--minutes", "20", *given])
+    code = max(code, bench.main(["--csv", str(RESULTS), "--sweep", "--seconds", "0.6", "--minutes", "10", *given]))
+    return max(code, machine_report.main([str(RESULTS / f"{slug(machine())}.csv")]))
+
 
 if __name__ == "__main__":
-    sys.exit(bench.main(["--csv", str(ROOT / "benchmarks/results"), *sys.argv[1:]]))
+    sys.exit(main(sys.argv[1:]))

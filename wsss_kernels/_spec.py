@@ -68,6 +68,21 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Sweep:
+    """Cases that differ in one size.
+
+    Args:
+        variable: what grows, such as "N" or "H·W".
+        cases: by its value.
+        exponent: p of the time ∝ variable^p that the algorithm should need.
+    """
+
+    variable: str
+    cases: Mapping[float, Case]
+    exponent: float
+
+
+@dataclass(frozen=True)
 class OpSpec:
     """One public operator.
 
@@ -88,6 +103,7 @@ class OpSpec:
         malformed: calls that must raise.
         paths: the launch paths by backend; tests assert that the samples take all of them.
         cases: benchmark cases.
+        sweeps: cases over its sizes, for the report.
         baselines: `name of a function in benchmarks/baselines/<folder>.py`, the first of which is the eager original.
         flops, bytes_moved, peak_bytes: of a call, from its arguments. `peak_bytes` is what the operator may allocate
             beyond inputs and outputs (tests allow 1.1 times as much).
@@ -108,6 +124,7 @@ class OpSpec:
     malformed: Callable[[], Sequence[Malformed]] = tuple
     paths: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     cases: Sequence[Case] = ()
+    sweeps: Sequence[Sweep] = ()
     baselines: tuple[str, ...] = ()
     flops: Callable[..., float] | None = None
     bytes_moved: Callable[..., float] | None = None

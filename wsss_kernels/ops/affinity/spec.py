@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from ..._spec import Case, Malformed, OpSpec, Sample, rand, randn
+from ..._spec import Case, Malformed, OpSpec, Sample, Sweep, rand, randn
 from . import api, reference
 
 TILE = 128
@@ -290,6 +290,7 @@ SPECS = (
             ),
         ],
         cases=(_feature_case(784, 768), _feature_case(1024, 768), _feature_case(784, 768, backward=True)),
+        sweeps=(Sweep("N", {n: _feature_case(n, 768) for n in (196, 392, 784, 1568)}, 2),),
         baselines=("eager_cosine",),
         **SQUARE,
     ),
@@ -305,6 +306,7 @@ SPECS = (
             Malformed("scale", (torch.rand(3, 4),), {"scale": "1"}, TypeError, "scale must be a number, got '1'"),
         ],
         cases=(_feature_case(784, 256), _feature_case(1024, 256), _feature_case(784, 256, backward=True)),
+        sweeps=(Sweep("N", {n: _feature_case(n, 256) for n in (196, 392, 784, 1568)}, 2),),
         baselines=("eager_sigmoid",),
         **SQUARE,
     ),
@@ -323,6 +325,7 @@ SPECS = (
             "triton": ("affinity_deviation.triton", "affinity_deviation.triton.backward"),
         },
         cases=(_deviation_case(784),),
+        sweeps=(Sweep("N", {n: _deviation_case(n) for n in (196, 392, 784, 1568)}, 2),),
         baselines=("eager_deviation",),
         flops=lambda decoder_affinity, encoder_affinity, **_: 3.0 * encoder_affinity.numel(),
         bytes_moved=lambda decoder_affinity, encoder_affinity, **_: 4.0 * (decoder_affinity.numel() + encoder_affinity.numel()),
@@ -343,6 +346,7 @@ SPECS = (
             "triton": ("refining_map.triton", "refining_map.triton.backward"),
         },
         cases=(_refining_case(784, False), _refining_case(784, True), _refining_case(784, False, backward=True, quick=False)),
+        sweeps=(Sweep("N", {n: _refining_case(n, False) for n in (196, 392, 784)}, 2),),
         baselines=("eager_refining_map",),
         flops=refining_flops,
         peak_bytes=refining_bytes,

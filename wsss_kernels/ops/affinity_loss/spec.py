@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from ..._spec import Case, Malformed, OpSpec, Sample, generator, randint, randn
+from ..._spec import Case, Malformed, OpSpec, Sample, Sweep, generator, randint, randn
 from . import api, reference
 
 
@@ -124,6 +124,7 @@ SPECS = (
         malformed=malformed,
         paths={"cpu": ("affinity_loss.cpu",), "triton": ("affinity_loss.triton", "affinity_loss.triton.backward")},
         cases=(_case(1, 256, 20, 20), _case(4, 256, 32, 32, quick=False), _case(1, 256, 48, 48, quick=False, target=3.0)),
+        sweeps=(Sweep("N", {n * n: _case(1, 256, n, n) for n in (10, 20, 28, 40)}, 2),),
         baselines=("eager",),
         flops=lambda feature, label, **_: 1.0 * feature.numel() * feature.shape[2] * feature.shape[3],
         bytes_moved=lambda feature, label, **_: 4.0 * feature.numel(),

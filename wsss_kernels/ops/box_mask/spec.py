@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..._spec import Case, Malformed, OpSpec, Sample, generator, rand
+from ..._spec import Case, Malformed, OpSpec, Sample, Sweep, generator, rand
 from . import api, reference
 
 
@@ -235,6 +235,7 @@ SPECS = (
             _case("8_maps_512x512", (8, 512, 512), 0.0),
             _case("1_map_1024x2048_noisy", (1, 1024, 2048), 0.6, quick=False),
         ),
+        sweeps=(Sweep("H·W", {n * n: _case(f"8_maps_{n}x{n}", (8, n, n), 0.3) for n in (64, 128, 256, 512)}, 1),),
         baselines=("opencv_loop",),
         bytes_moved=lambda cam, *_, **__: 8.0 * cam.numel(),
         peak_bytes=_box_mask_peak,
@@ -258,6 +259,7 @@ SPECS = (
             _mask_case("8_maps_512x512", (8, 512, 512), 0.0),
             _mask_case("1_map_1024x2048_noisy", (1, 1024, 2048), 0.6, quick=False),
         ),
+        sweeps=(Sweep("H·W", {n * n: _mask_case(f"8_maps_{n}x{n}", (8, n, n), 0.3) for n in (64, 128, 256, 512)}, 1),),
         baselines=("scipy_components",),
         bytes_moved=lambda mask, **_: 5.0 * mask.numel(),
         peak_bytes=_components_peak,

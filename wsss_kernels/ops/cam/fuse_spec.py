@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..._spec import Case, Malformed, OpSpec, Sample, generator, randn
+from ..._spec import Case, Malformed, OpSpec, Sample, Sweep, generator, randn
 from . import fuse, reference
 
 
@@ -107,6 +107,7 @@ FUSE_SPEC = OpSpec(
     malformed=malformed,
     paths={"cpu": ("fuse_cams.fwd", "fuse_cams.bwd"), "cuda": ("fuse_cams.cuda.fwd", "fuse_cams.cuda.bwd")},
     cases=(_case(4, 3, 512), _case(1, 20, 320)),
+    sweeps=(Sweep("H·W", {n * n: _case(1, 20, n) for n in (80, 160, 320, 512)}, 1),),
     baselines=("eager_fuse",),
     bytes_moved=lambda cams, weights, size, **_: 4.0 * cams[0].shape[0] * cams[0].shape[1] * size[0] * size[1],
     peak_bytes=_peak,

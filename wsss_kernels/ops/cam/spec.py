@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..._spec import Case, Malformed, OpSpec, Sample, generator, randn
+from ..._spec import Case, Malformed, OpSpec, Sample, Sweep, generator, randn
 from . import api, reference
 from .fuse_spec import FUSE_SPEC
 
@@ -88,6 +88,7 @@ SPECS = (
             _case("4x20_maps_28x28_grad", 4, 20, 28, 28, backward=True),
             _case("20_maps_512x512", 20, 512, 512),
         ),
+        sweeps=(Sweep("H·W", {n * n: _case(f"20_maps_{n}x{n}", 20, n, n) for n in (64, 128, 256, 512)}, 1),),
         baselines=("eager",),
         bytes_moved=lambda cam, **_: 8.0 * cam.numel(),
         peak_bytes=lambda cam, **_: 0,

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from ..._spec import Case, Malformed, OpSpec, Sample, generator, randint, randn
+from ..._spec import Case, Malformed, OpSpec, Sample, Sweep, generator, randint, randn
 from . import api, reference
 
 
@@ -188,6 +188,7 @@ SPECS = (
         malformed=supcon_malformed,
         paths={"cpu": ("supcon.cpu",), "triton": ("supcon.triton", "supcon.triton.backward")},
         cases=(_supcon_case(1024), _supcon_case(8192, quick=False, target=15.0)),
+        sweeps=(Sweep("N", {n: _supcon_case(n) for n in (512, 1024, 2048, 4096)}, 2),),
         baselines=("eager",),
         flops=lambda z, *_, **__: 2.0 * z.shape[0] ** 2 * z.shape[1],
         bytes_moved=lambda z, *_, **__: 4.0 * z.numel(),
@@ -206,6 +207,7 @@ SPECS = (
         malformed=info_nce_malformed,
         paths={"cpu": ("info_nce.cpu",), "triton": ("info_nce.triton", "info_nce.triton.backward")},
         cases=(_info_nce_case(256, 128), _info_nce_case(1024, 128), _info_nce_case(4096, 128, quick=False, labels=True)),
+        sweeps=(Sweep("N", {n: _info_nce_case(n, 128) for n in (256, 512, 1024, 2048)}, 2),),
         baselines=("info_nce_eager",),
         flops=lambda x, *_, **__: 2.0 * x.shape[0] ** 2 * x.shape[1],
         bytes_moved=lambda x, *_, **__: 8.0 * x.numel(),

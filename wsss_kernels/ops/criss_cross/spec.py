@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..._spec import Case, Malformed, OpSpec, Sample, generator, randn
+from ..._spec import Case, Malformed, OpSpec, Sample, Sweep, generator, randn
 from . import api, reference
 
 
@@ -125,6 +125,7 @@ SPECS = (
             _case(512, 28, batch=4, backward=True),
             _case(512, 97, backward=True, quick=False),
         ),
+        sweeps=(Sweep("H·W", {n * n: _case(256, n) for n in (24, 32, 48, 64, 96)}, 1.5),),
         baselines=("eager",),
         flops=_flops,
         bytes_moved=lambda query, key, value: 4.0 * (2 * query.numel() + 2 * value.numel()),

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from ..._spec import Case, Malformed, OpSpec, Sample, generator, randint, randn
+from ..._spec import Case, Malformed, OpSpec, Sample, Sweep, generator, randint, randn
 from . import api, reference
 
 
@@ -128,6 +128,10 @@ SPECS = (
             "cuda": ("kmeans.cuda.block", "kmeans.cuda.shares", "kmeans.cuda.shares.sums_in_memory"),
         },
         cases=(_case(1, 65536, 16, 2, target=15.0), _case(8, 4096, 16, 2)),
+        sweeps=(
+            Sweep("N", {n: _case(1, n, 16, 2) for n in (4096, 16384, 65536)}, 1),
+            Sweep("clusters", {k: _case(1, 16384, 16, k) for k in (2, 4, 8, 16)}, 1),
+        ),
         baselines=("eager",),
         flops=lambda x, k, **_: 60.0 * k * x.numel(),
         bytes_moved=lambda x, k, **_: 80.0 * x.numel(),

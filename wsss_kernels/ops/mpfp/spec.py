@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..._spec import Case, Malformed, OpSpec, Sample, generator, randn
+from ..._spec import Case, Malformed, OpSpec, Sample, Sweep, generator, randn
 from . import api, reference
 
 SCALES = (2, 4, 8, 16)
@@ -125,6 +125,7 @@ SPECS = (
             "cuda": ("mpfp.cuda.shared.fwd", "mpfp.cuda.shared.bwd", "mpfp.cuda.general.fwd", "mpfp.cuda.general.bwd"),
         },
         cases=(_case(16, 5.0), _case(1), _case(64)),
+        sweeps=(Sweep("batch", {n: _case(n) for n in (1, 4, 16, 64)}, 1),),
         baselines=("eager",),
         flops=_flops,
         bytes_moved=lambda feature, *rest, **_: 2.0 * feature.numel() * feature.element_size(),

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from ..._spec import Case, Malformed, OpSpec, Sample, rand, randn
+from ..._spec import Case, Malformed, OpSpec, Sample, Sweep, rand, randn
 from . import api, reference
 
 RELEASED = (1, 2, 4, 8, 12, 24)
@@ -173,6 +173,11 @@ SPECS = (
             _case(320, 21, 20),
             _case(512, 2, 20),
             _case(512, 21, 20),
+        ),
+        sweeps=(
+            Sweep("H·W", {n * n: _case(n, 2, 10) for n in (96, 160, 320, 512)}, 1),
+            Sweep("classes", {c: _case(160, c, 10) for c in (2, 6, 12, 24)}, 1),
+            Sweep("iterations", {i: _case(160, 2, i) for i in (5, 10, 20, 40)}, 1),
         ),
         baselines=("eager", "pad_and_slice"),
         flops=_flops,

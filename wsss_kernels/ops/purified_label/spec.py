@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..._spec import Case, Malformed, OpSpec, Sample, generator, randint, randn
+from ..._spec import Case, Malformed, OpSpec, Sample, Sweep, generator, randint, randn
 from . import api, reference
 
 
@@ -107,6 +107,10 @@ SPECS = (
             "cuda": ("purified_label.cuda.fwd", "purified_label.cuda.bwd"),
         },
         cases=(_case(4, 2, 224), _case(4, 21, 112)),
+        sweeps=(
+            Sweep("H·W", {n * n: _case(4, 2, n) for n in (56, 112, 224, 448)}, 1),
+            Sweep("classes", {k: _case(4, k, 112) for k in (2, 5, 21, 41)}, 1),
+        ),
         baselines=("eager",),
         flops=lambda logit, label, **_: 30.0 * logit.numel(),
         bytes_moved=lambda logit, label, **_: 4.0 * logit.numel() + 8.0 * label.numel(),

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from ..._spec import Case, Malformed, OpSpec, Sample, rand
+from ..._spec import Case, Malformed, OpSpec, Sample, Sweep, rand
 from ..affinity import reference as affinity_reference
 from ..affinity.spec import TILE, refining_bytes, refining_flops, refining_inputs, refining_malformed, scaled, spread_features, spread_maps
 from ..sinkhorn.spec import CHUNKS, positive, with_empty
@@ -209,6 +209,10 @@ SPECS = (
             _case(784, 5, (28, 28), backward=True),
             _case(4096, 5, (64, 64), quick=False),
         ),
+        sweeps=(
+            Sweep("N", {h * w: _case(h * w, 5, (h, w)) for h, w in ((14, 28), (28, 28), (28, 56), (56, 56))}, 2),
+            Sweep("classes", {k: _case(784, k, (28, 28)) for k in (1, 5, 20)}, 1),
+        ),
         baselines=("eager",),
         flops=_walk_flops,
         bytes_moved=lambda affinity, cam, mask=None, *, sinkhorn_iter=3, power=2, **_: 4.0 * affinity.numel() * (sinkhorn_iter + power),
@@ -240,6 +244,7 @@ SPECS = (
             ),
         },
         cases=(_affinity_case(784, (28, 28), False), _affinity_case(784, (28, 28), True)),
+        sweeps=(Sweep("N", {n * n: _affinity_case(n * n, (n, n), False) for n in (14, 20, 28)}, 2),),
         baselines=("eager_with_map",),
         flops=lambda cam, decoder_feature, encoder, mask=None, **options: refining_flops(decoder_feature, encoder, **options),
         peak_bytes=_affinity_walk_bytes,

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..._spec import Case, Malformed, OpSpec, Sample, generator, randn
+from ..._spec import Case, Malformed, OpSpec, Sample, Sweep, generator, randn
 from . import api, reference
 
 
@@ -125,6 +125,7 @@ SPECS = (
             "triton": ("text_similarity.triton", "text_similarity.triton.backward", "text_similarity.triton.text"),
         },
         cases=(_case(8, 320, 32, 3), _case(4, 512, 32, 80)),
+        sweeps=(Sweep("texts", {k: _case(4, 320, 32, k) for k in (3, 10, 40, 80)}, 1),),
         baselines=("eager",),
         bytes_moved=lambda visual, text, *rest, **_: 4.0 * (visual.numel() + visual.numel() // max(1, text.shape[1]) * text.shape[0]),
         peak_bytes=lambda *args, **_: 0,
@@ -147,6 +148,7 @@ SPECS = (
             _case(4, 512, 32, 80, backward=False, target=1.0),
             *(_case(*size, backward=grad, target=1.0) for size in SMALL for grad in (True, False)),
         ),
+        sweeps=(Sweep("H·W", {n * n: _case(8, 320, n, 3) for n in (16, 32, 64)}, 1),),
         baselines=("eager_pool",),
         bytes_moved=lambda visual, *rest, **_: 4.0 * visual.numel(),
         peak_bytes=lambda visual, text, *rest, **_: (

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from ..._spec import Case, Malformed, OpSpec, Sample, rand
+from ..._spec import Case, Malformed, OpSpec, Sample, Sweep, rand
 from . import api, reference
 
 CHUNKS = 32
@@ -131,6 +131,7 @@ SPECS = (
             "triton": ("sinkhorn.triton", "sinkhorn.triton.backward"),
         },
         cases=(_case(784), _case(2048), _case(784, backward=True)),
+        sweeps=(Sweep("N", {n: _case(n) for n in (392, 784, 1568, 3136)}, 2),),
         baselines=("eager",),
         bytes_moved=lambda matrix, num_iter=3: 4.0 * matrix.numel() * (num_iter + 2),
         **SHARED,
@@ -144,6 +145,7 @@ SPECS = (
         invariants=(scalings_normalise,),
         paths={"cpu": CPU_PATHS, "cuda": CUDA_PATHS, "triton": ("sinkhorn.triton",)},
         cases=(_case(784), _case(2048)),
+        sweeps=(Sweep("N", {n: _case(n) for n in (392, 784, 1568, 3136)}, 2),),
         baselines=("eager_scaling",),
         bytes_moved=lambda matrix, num_iter=3: 4.0 * matrix.numel() * (num_iter + 1),
         **SHARED,

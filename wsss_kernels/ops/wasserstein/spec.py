@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from ..._spec import Case, Malformed, OpSpec, Sample, generator, randn
+from ..._spec import Case, Malformed, OpSpec, Sample, Sweep, generator, randn
 from . import api, reference
 
 
@@ -245,6 +245,7 @@ SPECS = (
             "triton": ("wasserstein.triton", "wasserstein.triton.squares", "wasserstein.triton.backward"),
         },
         cases=(Case("n256_d512", lambda: (_inputs(256, 512)[:4], {})),),
+        sweeps=(Sweep("N", {n: Case(f"n{n}_d512", lambda n=n: (_inputs(n, 512)[:4], {})) for n in (64, 128, 256, 512)}, 2),),
         baselines=("distance_eager", "distance_product"),
         flops=lambda mu_x, sigma_x, mu_y, sigma_y: 4.0 * mu_x.numel() * mu_y.shape[0],
         bytes_moved=lambda mu_x, sigma_x, mu_y, sigma_y: 8.0 * (mu_x.numel() + mu_y.numel()),
@@ -264,6 +265,7 @@ SPECS = (
             "triton": ("uncertainty.triton", "uncertainty.triton.backward", "uncertainty.triton.backward.gather"),
         },
         cases=(Case("n256_d512", lambda: (_inputs(256, 512), {}), backward=True),),
+        sweeps=(Sweep("N", {n: Case(f"n{n}_d512", lambda n=n: (_inputs(n, 512), {}), backward=True) for n in (64, 128, 256)}, 2),),
         baselines=("similarity_eager", "similarity_product"),
         flops=lambda sem_x, mu_x, *_, **__: 2.0 * (2 * mu_x.numel() + sem_x.numel()) * _[1].shape[0],
         bytes_moved=lambda sem_x, mu_x, *_, **__: 8.0 * (sem_x.numel() + 2 * mu_x.numel()),
@@ -292,6 +294,7 @@ SPECS = (
             _loss_case(1024, 512, 2.0, ("matrix_product",)),
             Case("n128_d128", lambda: ((*_inputs(128, 128), 0.07), {}), backward=True),
         ),
+        sweeps=(Sweep("N", {n: Case(f"n{n}_d512", lambda n=n: ((*_inputs(n, 512), 0.07), {}), backward=True) for n in (64, 128, 256)}, 2),),
         baselines=("eager", "matrix_product"),
         flops=lambda sem_x, mu_x, *_, **__: 2.0 * (2 * mu_x.numel() + sem_x.numel()) * mu_x.shape[0],
         bytes_moved=lambda sem_x, mu_x, *_, **__: 8.0 * (sem_x.numel() + 2 * mu_x.numel()),

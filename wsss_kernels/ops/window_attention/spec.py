@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..._spec import Case, Malformed, OpSpec, Sample, generator, randn
+from ..._spec import Case, Malformed, OpSpec, Sample, Sweep, generator, randn
 from . import api, reference
 
 
@@ -191,6 +191,7 @@ SPECS = (
         invariants=(weights_sum_to_one, another_window_does_not_matter, window_of_the_whole_map_is_global, padding_does_not_matter),
         malformed=malformed,
         cases=(_case(64, 128, target=3.0), _case(32, 320)),
+        sweeps=(Sweep("H·W", {n * n: _case(n, 128) for n in (16, 32, 64)}, 1),),
         baselines=("eager", "sdpa"),
         flops=_flops,
         bytes_moved=lambda query, *rest, **_: 16.0 * query.numel(),
@@ -206,6 +207,7 @@ SPECS = (
         invariants=(exchange_is_two_attentions,),
         malformed=exchange_malformed,
         cases=(_case(64, 128, maps=6),),
+        sweeps=(Sweep("H·W", {n * n: _case(n, 128, maps=6) for n in (16, 32, 64)}, 1),),
         baselines=("eager_exchange",),
         flops=lambda primary, structural, **options: 2 * _flops(*primary, **options),
         peak_bytes=lambda primary, structural, **options: _peak(*primary, **options),

@@ -1,0 +1,307 @@
+"""The report of one machine, from the rows in its CSV: `benchmarks/reports/<machine>.html`, and its pictures as PNG beside it.
+
+    python benchmarks/machine_report.py benchmarks/results/<machine>.csv [--end-to-end RUN/end_to_end …] [--out FOLDER]
+
+Self-contained: pictures are embedded, nothing is loaded from a network. A case whose gate is red shows its reason and no figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import html
+import io
+import json
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from wsss_kernels import registry  # noqa: E402  (the clone must come first on the path)
+from wsss_kernels.bench import Row, exponent, headline, read  # noqa: E402
+from wsss_kernels.bench.sweep import slower_at  # noqa: E402
+
+_STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }
+h1 { font-size: 1.6rem } h2 { font-size: 1.25rem; margin-top: 2.2rem }
+table { border-collapse: collapse; font-size: 13px } td, th { padding: .2rem .6rem; border-bottom: 1px solid #ddd; text-align: right }
+td:first-child, th:first-child, td:nth-child(2), th:nth-child(2) { text-align: left } .red { color: #b00020; text-align: left }
+img { max-width: 100% } .wide { overflow-x: auto }
+"""
+_PICTURES = ("ratios", "time", "memory", "roofline", "end_to_end")
+
+
+def groups(rows: Iterable[Row], *, sweep: bool) -> list[list[Row]]:
+    """Rows of the cases, or of the sizes of the sweeps, case by case."""
+    found: dict[tuple, list[Row]] = {}
+    for row in rows:
+        if bool(row.sweep) == sweep:
+            found.setdefault((row.op, row.sweep, row.mode) if sweep else (row.op, row.case, row.mode), []).append(row)
+    return list(found.values())
+
+
+def _green(rows: Sequence[Row]) -> bool:
+    return bool(rows) and rows[0].provider == "ours" and rows[0].gate == "green"
+
+
+def _figure(value: float | None, unit: str = "") -> str:
+    return "" if value is None or math.isnan(value) else f"{value:.3g}{unit}"
+
+
+def ratio_table(cases: Sequence[list[Row]]) -> str:
+    """One line per case: best baseline, eager, compiled, ours, memory, roofline, gate."""
+    titles = ["operator", "case", "mode", "eager ms", "compiled ms", "best baseline", "ms", "ours p20 / p50 / p80 ms", "× best", "× eager"]
+    titles += ["target", "MiB ours", "MiB best", "GB/s", "GFLOP/s", "roofline", "error / allowed", "kernels", "commit"]
+    lines = [f"<tr>{''.join(f'<th>{t}</th>' for t in titles)}</tr>"]
+    for rows in cases:
+        name = f"<td>{html.escape(rows[0].op)}</td><td>{html.escape(rows[0].case)}</td><td>{rows[0].mode}</td>"
+        if not _green(rows):
+            lines.append(f"<tr>{name}<td class=red colspan={len(titles) - 3}>{html.escape(rows[0].gate)}</td></tr>")
+            continue
+        ours, best, eager = headline(rows)
+        compiled = next((r for r in rows if r.provider.endswith("compiled")), None)
+        cells = [
+            _figure(eager.p50_ms) if eager else "",
+            _figure(compiled.p50_ms) if compiled and compiled.gate == "green" else "not run" if compiled else "",
+            html.escape(best.provider) if best else "",
+            _figure(best.p50_ms) if best else "",
+            f"{ours.p20_ms:.3g} / {ours.p50_ms:.3g} / {ours.p80_ms:.3g}",
+            _figure(best.ratio) if best else "",
+            _figure(eager.ratio) if eager else "",
+            _figure(ours.target),
+            _figure(ours.peak_mib),
+            _figure(best.peak_mib) if best else "",
+            _figure(ours.gbps),
+            _figure(ours.gflops),
+            _figure(100 * ours.roofline, " %") if ours.roofline is not None else "",
+            _figure(ours.error_ratio),
+            ours.kernels,
+            html.escape(ours.commit),
+        ]
+        lines.append(f"<tr>{name}{''.join(f'<td>{c}</td>' for c in cells)}</tr>")
+    return f"<div class=wide><table>{''.join(lines)}</table></div>"
+
+
+def sweep_table(sweeps: Sequence[list[Row]]) -> str:
+    """Fitted beside expected exponents, and where a baseline is faster."""
+    expected = {(spec.name, s.variable): s.exponent for spec in registry.specs() for s in spec.sweeps}
+    titles = [
+        "operator",
+        "variable",
+        "mode",
+        "sizes",
+        "expected exponent",
+        "fitted, ours",
+        "fitted, first baseline",
+        "a baseline is faster at",
+    ]
+    lines = [f"<tr>{''.join(f'<th>{t}</th>' for t in titles)}</tr>"]
+    for rows in sweeps:
+        first = next((r.provider for r in rows if r.provider != "ours"), "")
+        sizes = sorted({r.size for r in rows if r.size is not None})
+        cells = [
+            f"{sizes[0]:g} … {sizes[-1]:g}",
+            _figure(expected.get((rows[0].op, rows[0].sweep))),
+            _figure(exponent(rows)),
+            _figure(exponent(rows, first)),
+            ", ".join(f"{s:g}" for s in slower_at(rows)) or "none of these",
+        ]
+        name = f"<td>{html.escape(rows[0].op)}</td><td>{html.escape(rows[0].sweep)}</td><td>{rows[0].mode}</td>"
+        lines.append(f"<tr>{name}{''.join(f'<td>{c}</td>' for c in cells)}</tr>")
+    return f"<div class=wide><table>{''.join(lines)}</table></div>"
+
+
+def _ratios(pyplot, cases: Sequence[list[Row]]):
+    """A bar per case: time of the best baseline / ours."""
+    found = sorted(
+        ((best.ratio, f"{ours.op} {ours.case.replace('_', ' ')}", best.provider) for ours, best, _ in map(headline, cases) if best),
+        key=lambda bar: bar[0],
+    )
+    if not found:
+        return None
+    figure, axis = pyplot.subplots(figsize=(9, 0.24 * len(found) + 1.2))
+    axis.barh(
+        [label for _, label, _ in found], [ratio for ratio, *_ in found], color=["#0b6e4f" if r >= 1 else "#b00020" for r, *_ in found]
+    )
+    for y, (ratio, _, provider) in enumerate(found):
+        axis.text(ratio, y, f" {ratio:.3g}× {provider}", va="center", fontsize=7)
+    axis.axvline(1, color="black", linewidth=0.8)
+    axis.set(xscale="log", xlabel="time of the best baseline / time of ours", xlim=(min(0.5, found[0][0] * 0.8), found[-1][0] * 4))
+    axis.tick_params(axis="y", labelsize=7)
+    axis.margins(y=0.01)
+    return figure
+
+
+def _curves(pyplot, sweeps: Sequence[list[Row]], what: str):
+    """A panel per sweep: milliseconds or MiB over the size; a cross marks what memory did not allow."""
+    if not sweeps:
+        return None
+    columns = min(4, len(sweeps))
+    lines = math.ceil(len(sweeps) / columns)
+    figure, axes = pyplot.subplots(lines, columns, figsize=(3.4 * columns, 2.7 * lines), squeeze=False)
+    for axis, rows in zip(axes.flat, sweeps, strict=False):
+        for provider in dict.fromkeys(r.provider for r in rows):
+            own = [r for r in rows if r.provider == provider]
+            points = [(r.size, r.p50_ms if what == "time" else r.peak_mib) for r in own if r.gate == "green"]
+            style = {"color": "#0b6e4f", "linewidth": 2} if provider == "ours" else {"linewidth": 1}
+            points = [(x, y) for x, y in points if y > 0]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=provider, **style)
+            missing = [r.size for r in own if r.gate.startswith("not run: out of memory")]
+            if missing:
+                top = max((y for _, y in points), default=1.0)
+                axis.plot(missing, [top] * len(missing), "x", color="#b00020", label=f"{provider}: out of memory")
+        axis.set(
+            xscale="log", yscale="log", title=rows[0].op, xlabel=rows[0].sweep, ylabel="ms" if what == "time" else "MiB above the inputs"
+        )
+        axis.title.set_fontsize(9)
+        sizes = sorted({r.size for r in rows if r.size is not None})
+        axis.minorticks_off()
+        axis.set_xticks(sizes, [f"{size:g}" for size in sizes])
+        axis.tick_params(labelsize=7)
+        axis.legend(fontsize=6)
+    for axis in list(axes.flat)[len(sweeps) :]:
+        axis.set_visible(False)
+    return figure
+
+
+def _roofline(pyplot, cases: Sequence[list[Row]]):
+    """Attained share of this machine's measured bandwidth or product rate, whichever binds."""
+    found = [(r[0].roofline, f"{r[0].op} {r[0].case.replace('_', ' ')}") for r in cases if r[0].roofline]
+    if not found:
+        return None
+    found.sort()
+    figure, axis = pyplot.subplots(figsize=(8, 0.24 * len(found) + 1))
+    axis.barh([label for _, label in found], [100 * share for share, _ in found], color="#35618f")
+    axis.axvline(100, color="black", linewidth=0.8)
+    axis.set(xlabel="% of the roofline of main memory and products (above 100: the data lies in a cache)", xscale="log")
+    axis.tick_params(axis="y", labelsize=7)
+    return figure
+
+
+def _end_to_end(pyplot, found: Sequence[tuple[str, dict]]):
+    """A pair of stacked bars per training stage: the operators' share of a step, and the rest."""
+    if not found:
+        return None
+    figure, axis = pyplot.subplots(figsize=(8, 0.55 * len(found) + 1.2))
+    for y, (_, record) in enumerate(found):
+        for shift, backend in ((0.2, "reference"), (-0.2, "fused")):
+            step = record[backend]
+            operators = 1000 * step["median_seconds"] * step["operator_share"]
+            rest = 1000 * step["median_seconds"] - operators
+            axis.barh(y + shift, operators, 0.36, color="#0b6e4f", label="operators of wsss_kernels" if not y and shift < 0 else None)
+            axis.barh(y + shift, rest, 0.36, left=operators, color="#bbbbbb", label="everything else" if not y and shift < 0 else None)
+            axis.text(
+                operators + rest,
+                y + shift,
+                f" {backend}: {operators + rest:.3g} ms, {step['peak_bytes'] / 2**20:.3g} MiB",
+                va="center",
+                fontsize=7,
+            )
+    axis.set_yticks(range(len(found)), [name for name, _ in found], fontsize=8)
+    axis.set(xlabel="milliseconds of a training step")
+    axis.margins(x=0.3)
+    axis.legend(fontsize=7)
+    return figure
+
+
+def _embed(figure, path: Path) -> str:
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(buffer.getvalue())
+    return f'<img alt="{path.stem}" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+
+
+def read_end_to_end(folders: Sequence[Path]) -> list[tuple[str, dict]]:
+    """(method and stage, what `benchmarks/end_to_end.py` measured) of every `.json` in the folders."""
+    found = []
+    for folder in folders:
+        for path in sorted(folder.rglob("*.json")):
+            record = json.loads(path.read_text(encoding="utf-8"))
+            if {"fused", "reference"} <= set(record):
+                found.append((f"{record['method']} {path.stem}" if "method" in record else path.stem, record))
+    return found
+
+
+def write(rows: Sequence[Row], steps: Sequence[tuple[str, dict]], out: Path, name: str) -> Path:
+    """The HTML file and its pictures; returns the file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    cases, sweeps = groups(rows, sweep=False), groups(rows, sweep=True)
+    green, swept = [c for c in cases if _green(c)], [s for s in sweeps if any(r.gate == "green" for r in s)]
+    figures = {
+        "ratios": _ratios(pyplot, green),
+        "time": _curves(pyplot, swept, "time"),
+        "memory": _curves(pyplot, swept, "memory"),
+        "roofline": _roofline(pyplot, green),
+        "end_to_end": _end_to_end(pyplot, steps),
+    }
+    pictures = {key: _embed(figure, out / name / f"{key}.png") for key, figure in figures.items() if figure is not None}
+    pyplot.close("all")
+    first = rows[0]
+    red = [c for c in cases if not _green(c)]
+    facts = f"{first.machine}; PyTorch {first.torch}; {first.threads} threads; measured {min(r.date for r in rows)} to {max(r.date for r in rows)}"
+    clocks = [r.clock_mhz for r in rows if r.clock_mhz]
+    facts += f"; clocks {min(clocks):.0f} to {max(clocks):.0f} MHz" if clocks else ""
+    parts = [
+        f"<h1>wsss_kernels on {html.escape(first.machine)}</h1><p>{html.escape(facts)}.</p>",
+        "<p>Ours and the baselines run in turn; times are medians with the 20th and 80th percentile, after a call to warm up; memory is the "
+        "peak above the inputs. A figure stands only where ours meets the tolerance rule against the float64 reference and every baseline "
+        f"agrees with it: {len(green)} cases are green, {len(red)} red.</p>",
+        "<h2>Time of the best baseline over ours</h2>",
+        pictures.get("ratios", ""),
+        ratio_table(cases),
+        "<h2>Scaling</h2><p>time ∝ size<sup>p</sup>, fitted over the upper half of the sizes.</p>" if sweeps else "",
+        sweep_table(sweeps) if sweeps else "",
+        pictures.get("time", ""),
+        "<h2>Memory over size</h2>" if sweeps else "",
+        pictures.get("memory", ""),
+        "<h2>Roofline</h2><p>Bandwidth of a large copy and rate of a float32 product, measured on this machine.</p>"
+        if "roofline" in pictures
+        else "",
+        pictures.get("roofline", ""),
+        "<h2>Whole training steps</h2>" if steps else "",
+        pictures.get("end_to_end", ""),
+    ]
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{name}.html"
+    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>wsss_kernels benchmark</title><style>{_STYLE}</style>'
+    path.write_text(head + "\n".join(part for part in parts if part) + "</html>\n", encoding="utf-8")
+    return path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0; 2 for wrong use."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("csv", type=Path, help="a file of `make bench`, or a folder: the newest one in it")
+    parser.add_argument("--end-to-end", type=Path, nargs="*", default=[ROOT / "benchmarks/results/end_to_end"], metavar="FOLDER")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/reports")
+    options = parser.parse_args(argv)
+    if options.csv.is_dir():
+        options.csv = max(options.csv.glob("*.csv"), key=lambda p: p.stat().st_mtime, default=options.csv / "nothing.csv")
+    try:
+        rows = read(options.csv)
+    except FileNotFoundError:
+        parser.error(f"{options.csv}: there is no such file; `make bench` writes one")
+    except (KeyError, ValueError, TypeError) as error:
+        parser.error(f"{options.csv}: is not a CSV of `make bench` ({error})")
+    if not rows:
+        parser.error(f"{options.csv}: holds no rows")
+    try:
+        path = write(rows, read_end_to_end([f for f in options.end_to_end if f.is_dir()]), options.out, options.csv.stem)
+    except ImportError:
+        parser.error("the pictures need matplotlib. Run: pip install matplotlib")
+    print(f"written to {path} and {path.with_suffix('')}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

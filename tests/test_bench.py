@@ -1,0 +1,218 @@
+"""The benchmark: gates, modes, sweeps, the time limit, comparison of commits, the report of a machine."""
+
+import dataclasses
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import machine_report
+from wsss_kernels import bench, registry
+from wsss_kernels.bench import __main__ as command, compare, sweep, timing as measuring
+from wsss_kernels.bench.timing import MODES, Row, kernel_hash, measure
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def row(**changes) -> Row:
+    values = {"op": "par", "case": "a", "sweep": "", "size": None, "mode": "forward", "dtype": "float32", "provider": "ours"}
+    values |= {"p20_ms": 1.0, "p50_ms": 2.0, "p80_ms": 3.0, "runs": 5, "peak_mib": 4.0, "ratio": 1.0, "target": None, "error_ratio": 0.5}
+    values |= {"gate": "green", "gbps": 10.0, "gflops": 20.0, "roofline": 0.5, "machine": "a <machine>", "threads": 2, "clock_mhz": 3000.0}
+    values |= {"torch": "2.14", "commit": "abc", "kernels": "0123", "date": "2026-01-01"}
+    return Row(**{**values, **changes})
+
+
+def case_of(name):
+    spec = registry.spec(name)
+    return spec, next(case for case in spec.cases if case.quick)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_modes(mode):
+    spec = registry.spec("mpfp")
+    rows = measure(spec, spec.cases[1], seconds=0.01, mode=mode)
+    assert [r.provider for r in rows] == ["ours", "eager"] and all(r.gate == "green" and r.mode == mode for r in rows)
+    assert rows[0].p20_ms <= rows[0].p50_ms <= rows[0].p80_ms and rows[0].ratio == 1 and rows[0].clock_mhz != 0
+    assert (rows[0].roofline is not None) == (mode == "forward" and spec.bytes_moved is not None)
+
+
+def test_a_wrong_baseline_prints_no_figure(monkeypatch):
+    spec, case = case_of("normalize_cam")
+    monkeypatch.setattr(measuring, "baselines", lambda spec, case: {"eager": lambda *a, **k: 1.01 * spec.reference(*a, **k)})
+    (only,) = measure(spec, case, seconds=0.01)
+    assert (
+        only.gate.startswith("red: eager") and math.isnan(only.p50_ms) and "red" in bench.text([only]) and "ms [" not in bench.text([only])
+    )
+
+
+def test_a_wrong_kernel_prints_no_figure(monkeypatch):
+    spec, case = case_of("normalize_cam")
+
+    def shifted(*args, backend=None, **kwargs):
+        return spec.public(*args, **kwargs) + 1e-3
+
+    shifted.__module__ = spec.public.__module__
+    wrong = dataclasses.replace(spec, public=shifted)
+    (only,) = measure(wrong, case, seconds=0.01)
+    assert only.gate.startswith("red") and math.isnan(only.ratio)
+
+
+@pytest.mark.slow
+def test_compiled_baseline():
+    spec, case = case_of("normalize_cam")
+    rows = measure(spec, case, seconds=0.05, compile=True)
+    assert rows[-1].provider == "eager compiled" and (rows[-1].gate == "green" or rows[-1].gate.startswith("not run"))
+
+
+def test_a_baseline_that_does_not_compile_says_so(monkeypatch):
+    def refuse(function):
+        def call(*args, **kwargs):
+            raise RuntimeError("this cannot be compiled\nat all")
+
+        return call
+
+    monkeypatch.setattr(measuring, "compiled", refuse)
+    rows = measure(*case_of("normalize_cam"), seconds=0.01, compile=True)
+    assert rows[-1].gate == "not run: RuntimeError: this cannot be compiled" and rows[0].gate == "green"
+
+
+def test_every_operator_has_a_sweep():
+    for spec in registry.specs():
+        assert spec.sweeps and all(len(s.cases) >= 3 and s.exponent > 0 for s in spec.sweeps), spec.name
+
+
+def test_exponent():
+    rows = [row(size=float(n), p50_ms=5 + 0.001 * n**2, sweep="N") for n in (10, 100, 1000, 10000)]
+    assert bench.exponent(rows) == pytest.approx(2, abs=0.02)
+    assert bench.exponent(rows[:1]) is None and bench.exponent(rows, "eager") is None
+
+
+def test_memory_that_is_not_there():
+    rows = [row(provider=p, size=n, sweep="N", peak_mib=n * n / 1e4) for n in (100.0, 200.0) for p in ("ours", "eager")]
+    found = sweep.too_large(rows, 400.0, free=2**20 * 20)
+    assert list(found) == ["eager"] and found["eager"].startswith("out of memory: it would need about 0.0156 GiB")
+    assert sweep.too_large(rows, 400.0, free=2**30) == {}
+    later = [*rows, row(provider="eager", size=400.0, gate="not run: out of memory: …")]
+    assert sweep.too_large(later, 800.0, free=2**40) == {"eager": "out of memory"}
+
+
+def test_a_sweep_and_where_ours_is_slower():
+    spec = registry.spec("normalize_cam")
+    small = dataclasses.replace(spec.sweeps[0], cases=dict(list(spec.sweeps[0].cases.items())[:2]))
+    rows = [r for size in sweep.run(spec, small, seconds=0.01, backend=None) for r in size]
+    assert {r.size for r in rows} == {64.0**2, 128.0**2} and {r.sweep for r in rows} == {"H·W"}
+    assert sweep.slower_at([row(provider="eager", ratio=0.5, size=3.0), row(provider="eager", ratio=2.0, size=4.0)]) == [3.0]
+
+
+def test_the_hash_follows_the_sources(tmp_path):
+    for name in ("wsss_kernels/ops/par/api.py", "wsss_kernels/ops/par/spec.py", "csrc/ops/par/par.cpp", "csrc/include/wsss/a.h"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("one")
+    first = kernel_hash("par", tmp_path)
+    (tmp_path / "wsss_kernels/ops/par/spec.py").write_text("two")  # cases do not change a kernel
+    assert kernel_hash("par", tmp_path) == first
+    for name in ("csrc/include/wsss/a.h", "wsss_kernels/ops/par/api.py"):
+        before = kernel_hash("par", tmp_path)
+        (tmp_path / name).write_text("two")
+        assert kernel_hash("par", tmp_path) != before
+
+
+def test_csv_round_trip_and_the_newest_rows(tmp_path):
+    path = tmp_path / "m.csv"
+    bench.append([row(p50_ms=9.0), row(provider="eager", ratio=2.0)], path)
+    bench.append([row(p50_ms=1.5), row(provider="eager", ratio=3.0), row(provider="other", ratio=2.5, p50_ms=0.5)], path)
+    bench.append([row(case="b", gate="red: wrong", p50_ms=math.nan)], path)
+    found = bench.read(path)
+    assert [(r.case, r.provider) for r in found] == [("a", "ours"), ("a", "eager"), ("a", "other"), ("b", "ours")]
+    assert found[0].p50_ms == 1.5 and found[0].size is None and found[0].threads == 2
+    ours, best, eager = bench.headline(found[:3])
+    assert (ours.provider, best.provider, eager.provider) == ("ours", "other", "eager")
+    path.write_text("op,case\npar,a\n")
+    with pytest.raises(ValueError, match="has the columns of another version"):
+        bench.append([row()], path)
+
+
+def test_the_command(tmp_path, capsys):
+    assert command.main(["--op", "normalize_cam", "--seconds", "0.01", "--csv", str(tmp_path)]) == 0
+    assert len(list(tmp_path.glob("*.csv"))) == 1 and "eager" in capsys.readouterr().out
+    for wrong in (["--op", "nothing"], ["--seconds", "0"], ["--case", "nothing"], ["--compare", "no-such-commit", "--op", "mpfp"]):
+        with pytest.raises(SystemExit) as stop:
+            command.main(wrong)
+        assert stop.value.code == 2
+
+
+def test_what_the_time_limit_leaves_out_is_named(capsys):
+    command.main(["--op", "normalize_cam", "--seconds", "0.01", "--minutes", "0.0000001"])
+    err = capsys.readouterr().err
+    assert "the limit of 1e-07 minutes is reached; left out: normalize_cam 4x20_maps_28x28" in err
+
+
+def test_comparison_in_turn(monkeypatch):
+    calls = []
+
+    def times(tree, wanted, seconds):
+        calls.append(tree)
+        return {key: [2.0, 2.1, 1.9] if tree == Path("then") else [1.0, 1.05, 0.95] for key in wanted if key != ("par", "new")}
+
+    import contextlib
+
+    monkeypatch.setattr(compare, "checkout", lambda commit: contextlib.nullcontext(Path("then")))
+    monkeypatch.setattr(compare, "_times", times)
+    text = compare.compare("abc", [("par", "a"), ("par", "new")], seconds=1.0, rounds=2)
+    assert calls == [Path("then"), compare.ROOT] * 2
+    assert re.search(r"par +a +2\.000 ms +1\.000 ms +2\.00x +faster \(±", text) and "this case is not in both" in text
+
+
+@pytest.mark.slow
+def test_comparison_with_a_commit():
+    """Against HEAD: the same kernels, so that nothing is built."""
+    if subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True).returncode:
+        pytest.skip("not a clone of the repository")
+    command_line = [sys.executable, "-m", "wsss_kernels.bench", "--compare", "HEAD", "--op", "mpfp", "--seconds", "0.5"]
+    done = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and re.search(r"mpfp +16x2x28x28 .* ms .* ms", done.stdout), done.stderr
+    left = subprocess.run(["git", "worktree", "list"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert "wsss_compare_" not in left
+
+
+def test_report(tmp_path):
+    rows = [row(), row(provider="eager", ratio=3.0, p50_ms=6.0), row(provider="eager compiled", ratio=2.0, p50_ms=4.0)]
+    rows += [row(case="bad <case>", gate="red: error 1 > 0", p50_ms=math.nan, ratio=math.nan)]
+    for n in (10.0, 20.0, 40.0):
+        rows += [
+            row(case=f"n{n}", sweep="H·W", size=n, p50_ms=n),
+            row(case=f"n{n}", sweep="H·W", size=n, provider="eager", p50_ms=9 * n, ratio=9.0),
+        ]
+    rows[-1] = row(case="n40.0", sweep="H·W", size=40.0, provider="eager", gate="not run: out of memory: it would need about 9 GiB")
+    steps = [("gland network", {b: {"median_seconds": 0.2, "operator_share": 0.3, "peak_bytes": 2**20} for b in ("fused", "reference")})]
+    path = machine_report.write(rows, steps, tmp_path, "machine")
+    page = path.read_text()
+    assert "http" not in page.replace("https://", "http://").split("<style>")[0] and 'src="http' not in page and "<script" not in page
+    assert "a &lt;machine&gt;" in page and "bad &lt;case&gt;" in page and "red: error 1 &gt; 0" in page
+    line = next(line for line in re.findall(r"<tr>.*?</tr>", page) if "bad &lt;case&gt;" in line)
+    assert "nan" not in line and line.count("<td") == 4
+    assert "1 cases are green, 1 red" in page and "none of these" in page
+    assert {p.stem for p in (tmp_path / "machine").glob("*.png")} == {"ratios", "time", "memory", "roofline", "end_to_end"}
+    assert page.count("data:image/png;base64") == 5
+
+
+def test_report_of_what_is_no_csv(tmp_path, capsys):
+    (tmp_path / "a.csv").write_text("x,y\n1,2\n")
+    (tmp_path / "empty.csv").write_text("")
+    for name, message in (
+        ("a.csv", "is not a CSV of `make bench`"),
+        ("nothing.csv", "there is no such file"),
+        ("empty.csv", "holds no rows"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            machine_report.main([str(tmp_path / name)])
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_peaks_of_the_machine():
+    bandwidth, rate = measuring.peaks()
+    assert 0.1 < bandwidth < 1e5 and 0.1 < rate < 1e7 and torch.isfinite(torch.tensor([bandwidth, rate])).all()

@@ -1,0 +1,105 @@
+"""The command `python -m wsss_kernels.bench`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from .. import bench, registry
+from .._spec import Case, OpSpec, Sweep
+from ..tune import tune
+from . import compare, sweep as sweeps
+from .table import append, slug, text
+from .timing import MODES, Row, commit, machine, measure
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m wsss_kernels.bench", description=(bench.__doc__ or "").split("\n")[0])
+    parser.add_argument("--op", action="append", help="an operator's name; repeatable (default: all)")
+    parser.add_argument("--case", help="only cases whose name contains this text")
+    parser.add_argument("--all", action="store_true", help="also the long cases")
+    parser.add_argument("--mode", choices=MODES, help="instead of each case's own")
+    parser.add_argument("--sweep", action="store_true", help="sweeps over each operator's size instead of the cases")
+    parser.add_argument("--compiled", action="store_true", help="also torch.compile of the first baseline (seconds to minutes a case)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="time per case, in seconds (default 5)")
+    parser.add_argument("--minutes", type=float, help="time limit: no case is started after it, and what is left out is named")
+    parser.add_argument("--backend", help="as in the operators")
+    parser.add_argument(
+        "--tune", action="store_true", help="find the fastest launch configurations of the Triton kernels for this GPU instead"
+    )
+    parser.add_argument("--compare", metavar="COMMIT", help="ours at another commit against ours here instead (in a clone)")
+    parser.add_argument("--csv", type=Path, help="append the rows to this file (a folder: <machine>.csv in it)")
+    return parser
+
+
+def _progress(done: int, count: int, name: str) -> None:
+    if sys.stderr.isatty():
+        filled = round(20 * done / count)
+        print(f"\r\033[K[{'#' * filled}{'.' * (20 - filled)}] {done}/{count} {name}", end="", file=sys.stderr, flush=True)
+
+
+Job = tuple[str, Callable[[], Iterator[list[Row]]]]
+
+
+def _jobs(options: argparse.Namespace, work: list[tuple[OpSpec, Case]], swept: list[tuple[OpSpec, Sweep]]) -> list[Job]:
+    """Names, and functions that measure: one row list per case."""
+    more = {"seconds": options.seconds, "backend": options.backend}
+    if options.sweep:
+        return [(f"{spec.name} over {s.variable}", lambda spec=spec, s=s: sweeps.run(spec, s, **more)) for spec, s in swept]
+    more |= {"mode": options.mode, "compile": options.compiled}
+    return [(f"{spec.name} {case.name}", lambda spec=spec, case=case: iter([measure(spec, case, **more)])) for spec, case in work]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0; 1 if a gate is red; 2 for wrong use."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.seconds <= 0 or (options.minutes is not None and options.minutes <= 0):
+        parser.error("--seconds and --minutes must be greater than 0")
+    try:
+        chosen = [registry.spec(name) for name in options.op] if options.op else list(registry.specs())
+    except ValueError as error:
+        parser.error(str(error))
+    work = [(spec, case) for spec in chosen for case in spec.cases if (case.quick or options.all) and (options.case or "") in case.name]
+    if options.mode and options.mode != "forward":
+        work = [(spec, case) for spec, case in work if spec.gradients]
+    swept = [(spec, s) for spec in chosen for s in spec.sweeps]
+    if not (swept if options.sweep else work):
+        parser.error("no case matches")
+    try:
+        if options.tune:
+            print(f"written to {tune(work)}")
+            return 0
+        if options.compare:
+            print(compare.compare(options.compare, [(spec.name, case.name) for spec, case in work], seconds=options.seconds))
+            return 0
+    except (RuntimeError, ValueError) as error:
+        parser.error(str(error))
+    print(
+        f"{machine()}, PyTorch {torch.__version__}, {commit()}: medians [20th to 80th percentile], peak memory above the inputs, time relative to ours"
+    )
+    jobs, red, stop = _jobs(options, work, swept), False, time.monotonic() + 60 * (options.minutes or float("inf"))
+    for done, (name, job) in enumerate(jobs):
+        if time.monotonic() > stop:
+            left = ", ".join(n for n, _ in jobs[done:])
+            print(f"the limit of {options.minutes:g} minutes is reached; left out: {left}", file=sys.stderr)
+            break
+        _progress(done, len(jobs), name)
+        for rows in job():
+            print(text(rows), flush=True)
+            red |= any(row.gate.startswith("red") for row in rows)
+            if options.csv:
+                try:
+                    append(rows, options.csv / f"{slug(machine())}.csv" if options.csv.is_dir() or not options.csv.suffix else options.csv)
+                except (OSError, ValueError) as error:
+                    parser.error(f"--csv: {error}")
+    return int(red)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

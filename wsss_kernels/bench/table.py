@@ -1,0 +1,88 @@
+"""Rows as text and as CSV."""
+
+from __future__ import annotations
+
+import csv
+import re
+import typing
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from .timing import Row
+
+EAGER = ("eager", "reference")
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def append(rows: Iterable[Row], path: Path) -> None:
+    """Adds rows to the machine's CSV; figures keep four significant digits.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    names = [f.name for f in fields(Row)]
+    fresh = not path.exists() or path.stat().st_size == 0
+    if not fresh:
+        with path.open(newline="") as file:
+            if next(csv.reader(file), []) != names:
+                raise ValueError(f"{path} has the columns of another version; move it away, or name another file")
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        if fresh:
+            writer.writeheader()
+        for row in rows:
+            writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in asdict(row).items()})
+
+
+def read(path: Path) -> list[Row]:
+    """The newest rows of every case and mode, in the order of the file."""
+    hints = typing.get_type_hints(Row)
+    newest: dict[tuple, list[Row]] = {}
+    with path.open(newline="") as file:
+        for raw in csv.DictReader(file):
+            row = Row(**{name: _value(raw[name], hints[name]) for name in hints})
+            key = (row.op, row.case, row.mode, row.sweep)
+            if row.provider == "ours":
+                newest.pop(key, None)
+            newest.setdefault(key, []).append(row)
+    return [row for rows in newest.values() for row in rows]
+
+
+def _value(text: str, kind: Any) -> Any:
+    if kind is str:
+        return text
+    if text == "":
+        return None
+    return int(text) if kind is int else float(text)
+
+
+def headline(rows: Sequence[Row]) -> tuple[Row, Row | None, Row | None]:
+    """Of one case: ours, the best baseline, and the eager one. The baseline is `None` where none was run."""
+    others = [row for row in rows if row.provider != "ours" and row.gate == "green"]
+    eager = next((row for row in others if row.provider in EAGER), others[0] if others else None)
+    return rows[0], min(others, key=lambda row: row.p50_ms, default=None), eager
+
+
+def text(rows: list[Row]) -> str:
+    """Rows of one case: ours, then each baseline with its ratio."""
+    lines = []
+    for row in rows:
+        if row.gate != "green":
+            lines.append(f"{row.op:<26} {row.case:<28} {row.mode:<17} {row.provider:<15} {row.gate}")
+            continue
+        verdict = (
+            ""
+            if row.target is None or row.provider == "ours" or row.provider != rows[1].provider
+            else f"  target {row.target:g}x {'reached' if row.ratio >= row.target else 'MISSED'}"
+        )
+        spread = f"{row.p50_ms:10.3f} ms [{row.p20_ms:.3f} to {row.p80_ms:.3f}]"
+        lines.append(
+            f"{row.op:<26} {row.case:<28} {row.mode:<17} {row.provider:<15} {spread:<38} {row.peak_mib:9.1f} MiB  {row.ratio:7.1f}x{verdict}"
+        )
+    return "\n".join(lines)
