@@ -161,7 +161,7 @@ def test_chain(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings", [["semi.text=false"], ["semi.unlabelled=false"], ["data.crop=20", "semi.literal=true", "semi.loss=bce"]]
+    "settings", [["semi.text=false"], ["semi.unlabelled=false"], ["data.crop=20", "semi.literal=true", "semi.loss=bce", "semi.jitter=0.3"]]
 )
 def test_variants(data, tmp_path, settings):
     assert run("run", "dusss", "--data", data, "--out", tmp_path / "run", settings=settings) == 0

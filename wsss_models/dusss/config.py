@@ -110,6 +110,9 @@ class Semi:
     """Eq. 15 as printed: the sigmoid of a sum of two probabilities, never below 0.5."""
     weight: float = 1.0
     """Of the loss on unlabelled images."""
+    jitter: float = 0.0
+    """Strength of the distortion of colours that the student, and not the teacher, sees on unlabelled images (the input noise of
+    mean teachers); the paper has none."""
     ramp: int = 0
     """Steps over which this weight rises, exp(−5 (1 − t)²); the paper does not mention it."""
     ema: float = 0.99

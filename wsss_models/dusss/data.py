@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as geometry
 
 from ..data import lvit, monuseg, qata, read_image, read_lines, read_mask, sliding
@@ -190,6 +191,8 @@ class Semi(Dataset):
 
     def __init__(self, images: Images, labelled: Sequence[str], unlabelled: Sequence[str], guide: Callable[[str], Tensor] | None):
         self.images, self.labelled, self.unlabelled, self.guide = images, list(labelled), list(unlabelled), guide
+        jitter = images.context.config.semi.jitter
+        self.jitter = v2.ColorJitter(jitter, jitter, jitter, min(0.5, jitter / 3)) if jitter else None
 
     def __len__(self) -> int:
         return max(len(self.labelled), len(self.unlabelled))
@@ -207,6 +210,9 @@ class Semi(Dataset):
         )
         turn = turned(config)
         found["other"] = turn(self.images.image(other), 0.0)
+        if self.jitter is not None:
+            mean, std = (torch.tensor(v)[:, None, None] for v in (config.mean, config.std))
+            found["distorted"] = (self.jitter((found["other"] * std + mean).clamp(0, 1)) - mean) / std
         if self.guide is not None:
             logit = F.interpolate(self.guide(other)[None, None], (config.size,) * 2, mode="bilinear", align_corners=False)[0]
             found["guide"] = turn(logit, 0.0)[0]

@@ -159,7 +159,7 @@ def train_student(context: Context) -> Training:
         if "other" not in batch:
             supervised = pixel_loss(network(batch["image"]).float(), batch["mask"], recipe.loss)
             return {"loss": supervised, "supervised": supervised}
-        logit = network(torch.cat([batch["image"], batch["other"]])).float()
+        logit = network(torch.cat([batch["image"], batch.get("distorted", batch["other"])])).float()
         ours, student = logit.split(len(batch["image"]))
         with torch.no_grad():
             teacher = model.teacher(batch["other"]).float()
