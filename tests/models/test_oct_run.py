@@ -14,6 +14,7 @@ from wsss_models.engine import config as configs
 from wsss_models.errors import InputError
 from wsss_models.oct_multimodal import text
 from wsss_models.oct_multimodal.config import OctConfig
+from wsss_models.oct_multimodal.method import balanced
 
 
 def write(path, array):
@@ -201,6 +202,11 @@ def test_chain_with_texts_generator_and_crops(folder, tmp_path):
     (tmp_path / "large" / "config.json").write_text("{}")
     other = [f"text.labels={tmp_path / 'nowhere'}"]
     assert run("run", "oct_multimodal", "--data", folder, "--out", tmp_path / "second", settings=other) == 2
+
+
+def test_balanced_lists():
+    assert balanced(["a"], list("bcdef")).count("a") == 5 and balanced([], ["b"]) == ["b"]
+    assert sorted(balanced(["a", "b", "c"], ["d", "e"])) == ["a", "b", "c", "d", "d", "e", "e"]
 
 
 def test_what_is_missing_is_said(folder, tmp_path, capsys):

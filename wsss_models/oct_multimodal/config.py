@@ -94,6 +94,8 @@ class Train:
     epochs: int = 30
     steps: int | None = None
     """Instead of epochs."""
+    balanced: bool = False
+    """Show images with and without a lesion equally often: where one kind is rare every logit is negative, and so every map empty."""
     batch_size: int = 8
     accumulate: int = 1
     lr: float = 1e-4

@@ -173,11 +173,18 @@ def _validated(scans: Scans) -> list[str]:
     raise InputError("data: expected annotated B-scans with a lesion to choose λ on; set masks.threshold instead")
 
 
+def balanced(first: list[str], second: list[str]) -> list[str]:
+    """Both lists, the shorter one repeated to about the length of the longer."""
+    short, long = sorted((first, second), key=len)
+    return long + short * max(1, round(len(long) / len(short))) if short else long
+
+
 def train_model(context: Context) -> Training:
     config, scans = context.config, Scans(context)
     recipe, captions = config.train, _captions(context, scans)
     model = _model(context, scans, captions, trained=False)
-    dataset = Pairs(scans, scans.names("train"), captions, augment=True)
+    names = balanced(scans.names("train", lesion=True), scans.names("train", lesion=False)) if recipe.balanced else scans.names("train")
+    dataset = Pairs(scans, names, captions, augment=True)
     steps = count_steps(recipe.steps, recipe.epochs, len(dataset), recipe.batch_size * recipe.accumulate)
     held = [n for n in scans.names("validation", lesion=True) if scans.views[n].scan.mask is not None]
 
