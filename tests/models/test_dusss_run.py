@@ -148,7 +148,7 @@ def run(*arguments, settings=()):
 
 
 def test_chain(data, tmp_path):
-    assert run("run", "dusss", "--data", data, "--out", tmp_path / "run", settings=["semi.ramp=2"]) == 0
+    assert run("run", "dusss", "--data", data, "--out", tmp_path / "run", settings=["semi.ramp=2", "grounding.masks=1"]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     test = summary["stages"]["test"]["metrics"]
     assert summary["complete"] and {"dice_per_image", "iou_per_image", "teacher_dice"} <= set(test)

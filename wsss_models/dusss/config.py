@@ -87,6 +87,9 @@ class Grounding:
     blocks: int = 2
     affine: bool = True
     """Scale the cosine by learnt numbers, 10 and -2.5 at the start, before the sigmoid, which else spans 0.27 … 0.73 only."""
+    masks: float = 0.0
+    """Weight of a cross-entropy against the masks of the labelled images. The paper trains the decoder by sentences alone, which
+    need not say what tells foreground from background."""
     epochs: int = 20
     steps: int | None = None
     batch_size: int = 32

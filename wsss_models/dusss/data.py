@@ -166,10 +166,15 @@ def turned(config: Data) -> Callable[[Tensor, float], Tensor]:
 
 
 class Captioned(Dataset):
-    """A dictionary of a view, its second view, and its sentence's tokens."""
+    """A dictionary of a view, its second view, and its sentence's tokens.
 
-    def __init__(self, images: Images, names: Sequence[str], tokens: dict[str, Tokens], *, augment: bool = True):
-        self.images, self.names, self.tokens, self.augment = images, list(names), tokens, augment
+    Args:
+        masks: the second view's mask and whether it is known, too.
+    """
+
+    def __init__(self, images: Images, names: Sequence[str], tokens: dict[str, Tokens], *, masks: bool = False):
+        self.images, self.names, self.tokens, self.masks = images, list(names), tokens, masks
+        self.labelled = set(images.labelled)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -177,8 +182,13 @@ class Captioned(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         name = self.names[index]
         image, tokens = self.images.image(name), self.tokens[name]
-        second = turned(self.images.config)(image, 0.0) if self.augment else image
-        return {"image": image, "second": second, "ids": tokens.ids[0], "mask": tokens.mask[0], "word": tokens.word[0]}
+        turn = turned(self.images.config)
+        found = {"image": image, "second": turn(image, 0.0), "ids": tokens.ids[0], "mask": tokens.mask[0], "word": tokens.word[0]}
+        if self.masks:
+            known = name in self.labelled
+            truth = self.images.mask(name) if known else torch.zeros(image.shape[1:])
+            found |= {"truth": turn(truth[None], 0.0)[0], "labelled": torch.tensor(known)}
+        return found
 
 
 class Semi(Dataset):
