@@ -142,6 +142,12 @@ def test_losses_are_those_of_the_equations():
     i, t, i2, t2 = embeddings
     torch.testing.assert_close(found["cross"], contrast(i, t), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(found["intra"], (contrast(i, i2) + contrast(t, t2)) / 2, atol=1e-4, rtol=1e-4)
+    ablated = vlm.vlm_loss((*embeddings, torch.tensor(0.5)), Vlm(local=0.0, uncertainty=False, intra=0.0))
+    cosine = nn.functional.cosine_similarity(i.semantic[:, None], t.semantic[None], dim=2) / 0.5
+    target = torch.arange(5)
+    plain = (nn.functional.cross_entropy(cosine, target) + nn.functional.cross_entropy(cosine.T, target)) / 2
+    torch.testing.assert_close(ablated["cross"], plain)
+    assert torch.equal(ablated["loss"], ablated["cross"]) and "intra" not in ablated
 
 
 @pytest.mark.parametrize(("cosine", "expected"), [(0.9, 0.995), (0.5, 0.865), (0.0, 0.605), (-0.5, 0.297)])

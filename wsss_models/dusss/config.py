@@ -69,6 +69,10 @@ class Vlm:
     b: float = 4.0
     lam: float = 0.2
     temperature: float = 0.07
+    uncertainty: bool = True
+    """False: the plain cosine instead of the similarity that uncertainty supervises (Table 2 without SSS)."""
+    intra: float = 1.0
+    """Weight of the contrast within each modality; 0: across modalities alone (Table 2 without DCL)."""
     ema_keys: bool = True
     """The second view is encoded by a moving average of the encoders, without gradient."""
     momentum: float = 0.995
