@@ -11,7 +11,7 @@ from PIL import Image
 from wsss_models import cli
 from wsss_models.data import lvit, monuseg, qata
 from wsss_models.dusss.data import turned
-from wsss_models.dusss.method import dice_and_iou
+from wsss_models.engine import dice_and_iou
 from wsss_models.errors import InputError
 
 from .conftest import scene

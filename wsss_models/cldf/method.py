@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..data import read_mask
-from ..engine import Context, Evaluation, Method, Stage, Training, Writing, auc, png
+from ..engine import Context, Evaluation, Method, Stage, Training, Writing, auc, count_steps, dice_and_iou, png
 from ..engine.stream import local_seed
 from ..engine.writing import Saver, npy
 from ..errors import InputError, UsageError
@@ -188,19 +187,10 @@ def write_gradient_maps(context: Context) -> Writing:
     return Writing(_seeded_names(slices), lambda name: [f"{name}.npy"], write)
 
 
-def _map(context: Context, stage: str, name: str) -> np.ndarray:
-    path = context.folder(stage) / f"{name}.npy"
-    try:
-        return np.load(path, allow_pickle=False).astype(np.float32)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); delete it and run stage {stage} again") from None
-
-
 def binary_maps(context: Context, name: str) -> tuple[np.ndarray, np.ndarray]:
     """The thresholded activation map and the thresholded gradient map, `[S, S]` bool."""
-    return cams.binarize(_map(context, "cams", name), context.config.cam.threshold), cams.binarize(
-        _map(context, "gradient_maps", name), None
-    )
+    cam, gradient = context.array("cams", name), context.array("gradient_maps", name)
+    return cams.binarize(cam, context.config.cam.threshold), cams.binarize(gradient, None)
 
 
 def write_seeds(context: Context) -> Writing:
@@ -289,7 +279,7 @@ def train_decoder(context: Context) -> Training:
         dataset=Seeded(context, maps, names),
         loss=loss,
         optimizer=torch.optim.SGD(model.parameters(), recipe.lr, momentum=recipe.momentum),
-        steps=recipe.steps if recipe.steps is not None else max(1, recipe.epochs * math.ceil(len(names) / recipe.batch_size)),
+        steps=count_steps(recipe.steps, recipe.epochs, len(names), recipe.batch_size),
         batch_size=recipe.batch_size,
     )
 
@@ -315,13 +305,6 @@ def write_masks(context: Context) -> Writing:
         return [png(mask[0])]
 
     return Writing(slices.names("test"), lambda name: [f"{name}.png"], write)
-
-
-def dice_and_iou(mask: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
-    """Of one slice; 1 where both are empty."""
-    mask, truth = mask.astype(bool), truth.astype(bool)
-    both, sizes = int((mask & truth).sum()), int(mask.sum()) + int(truth.sum())
-    return (2 * both / sizes, both / (sizes - both)) if sizes else (1.0, 1.0)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..data import read_mask, sliding
-from ..engine import Context, Evaluation, Method, Stage, Training, Writing, cosine_restarts, png
+from ..engine import Context, Evaluation, Method, Stage, Training, Writing, cosine_restarts, count_steps, dice_and_iou, png
 from ..engine.writing import Saver, npy
 from ..errors import InputError, UsageError
 from .config import DusssConfig
@@ -23,10 +23,6 @@ from .encoders import Tokenizer, Tokens
 from .grounding import GroundingDecoder, mask_loss, text_guided_loss
 from .unet import MeanTeacher, UNet, pixel_loss, semi_loss
 from .vlm import VisionLanguage, vlm_loss
-
-
-def _steps(asked: int | None, epochs: int, samples: int, per_step: int) -> int:
-    return asked if asked is not None else max(1, epochs * math.ceil(samples / per_step))
 
 
 def _tokens(context: Context, images: Images) -> dict[str, Tokens]:
@@ -55,7 +51,7 @@ def train_vlm(context: Context) -> Training:
         dataset=dataset,
         loss=loss,
         optimizer=torch.optim.Adam([p for p in model.parameters() if p.requires_grad], recipe.lr, weight_decay=recipe.weight_decay),
-        steps=_steps(recipe.steps, recipe.epochs, len(dataset), recipe.batch_size),
+        steps=count_steps(recipe.steps, recipe.epochs, len(dataset), recipe.batch_size),
         batch_size=recipe.batch_size,
         after_step=lambda step: model.follow(),
         unused_parameters=True,
@@ -113,7 +109,7 @@ def train_grounding(context: Context) -> Training:
         dataset=dataset,
         loss=loss,
         optimizer=torch.optim.Adam([p for p in model.parameters() if p.requires_grad], recipe.lr),
-        steps=_steps(recipe.steps, recipe.epochs, len(dataset), recipe.batch_size),
+        steps=count_steps(recipe.steps, recipe.epochs, len(dataset), recipe.batch_size),
         batch_size=recipe.batch_size,
     )
 
@@ -133,18 +129,7 @@ def write_guides(context: Context) -> Writing:
 
 
 def _guide(context: Context) -> Callable[[str], Tensor]:
-    folder = context.folder("text_masks")
-
-    def read(name: str) -> Tensor:
-        path = folder / f"{name}.npy"
-        try:
-            return torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float32))
-        except FileNotFoundError:
-            raise UsageError(f"stage {context.stage}: stage text_masks must be run first ({path} is not there)") from None
-        except (OSError, ValueError, EOFError) as error:
-            raise InputError(f"{path}: cannot be read ({error}); delete it and run stage text_masks again") from None
-
-    return read
+    return lambda name: torch.from_numpy(context.array("text_masks", name))
 
 
 def _ramp(step: int, length: int) -> float:
@@ -194,7 +179,7 @@ def train_student(context: Context) -> Training:
         loss=loss,
         optimizer=torch.optim.Adam(model.student.parameters(), recipe.lr),
         schedule=cosine_restarts(recipe.restart, floor=min(1.0, recipe.floor / recipe.lr), every=per_epoch),
-        steps=_steps(recipe.steps, recipe.epochs, len(dataset), recipe.batch_size),
+        steps=count_steps(recipe.steps, recipe.epochs, len(dataset), recipe.batch_size),
         batch_size=recipe.batch_size,
         extra={"progress": _Progress(progress)},
         after_step=after,
@@ -233,13 +218,6 @@ def predict(network: UNet, pixels: np.ndarray, context: Context) -> np.ndarray:
         return one(slice(0, size[0]), slice(0, size[1]))[0].cpu().numpy()
     places = sliding.windows(size, config.crop, max(1, config.crop * 3 // 4))
     return sliding.overlap_add(size, places, (one(*place) for place in places))[0].cpu().numpy()
-
-
-def dice_and_iou(mask: np.ndarray, truth: np.ndarray, smooth: float = 1e-5) -> tuple[float, float]:
-    """Of one image's foreground; 1 where both are empty."""
-    mask, truth = mask.astype(bool), truth.astype(bool)
-    both, sizes = float((mask & truth).sum()), float(mask.sum() + truth.sum())
-    return (2 * both + smooth) / (sizes + smooth), (both + smooth) / (sizes - both + smooth)
 
 
 def per_image(images: Images, names: list[str], mask: Callable[[str], np.ndarray]) -> tuple[float, float]:

@@ -5,8 +5,8 @@ from .config import RunConfig
 from .context import Context
 from .evaluation import Evaluation, evaluate_masks
 from .method import Method, Stage
-from .metrics import Confusion, auc
-from .schedules import cosine_restarts, polynomial
+from .metrics import Confusion, auc, dice_and_iou
+from .schedules import cosine_restarts, count_steps, polynomial
 from .training import Training
 from .writing import Writing, png
 
@@ -21,6 +21,8 @@ __all__ = [
     "Writing",
     "auc",
     "cosine_restarts",
+    "count_steps",
+    "dice_and_iou",
     "evaluate_masks",
     "load_weights",
     "png",

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -97,6 +98,21 @@ class Context:
         except RuntimeError as error:
             raise UsageError(f"{file}: holds the weights of another model ({str(error).rpartition(chr(10))[2].strip()})") from None
         return model.to(self.device).eval()
+
+    def array(self, stage: str, name: str) -> np.ndarray:
+        """`NAME.npy` that a writing stage left, as float32.
+
+        Raises:
+            UsageError: the stage has not been run.
+            InputError: the file is damaged.
+        """
+        path = self.folder(stage) / f"{name}.npy"
+        try:
+            return np.load(path, allow_pickle=False).astype(np.float32)
+        except FileNotFoundError:
+            raise UsageError(f"stage {self.stage}: stage {stage} must be run first ({path} is not there)") from None
+        except (OSError, ValueError, EOFError) as error:
+            raise InputError(f"{path}: cannot be read ({error}); delete it and run stage {stage} again") from None
 
     def seed(self, *parts: Any) -> int:
         """A seed for one purpose, such as `context.seed("split")`: the same in every process and in every continuation."""

@@ -75,6 +75,13 @@ def figures(matrix: np.ndarray) -> dict[str, Any]:
     }
 
 
+def dice_and_iou(mask: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
+    """Of one image's foreground; 1 where both are empty."""
+    mask, truth = mask.astype(bool), truth.astype(bool)
+    both, sizes = int((mask & truth).sum()), int(mask.sum()) + int(truth.sum())
+    return (2 * both / sizes, both / (sizes - both)) if sizes else (1.0, 1.0)
+
+
 def auc(score: np.ndarray, label: np.ndarray) -> float | None:
     """The probability that a positive scores above a negative (ties count half); `None` without one of them."""
     rank = rankdata(score)

@@ -24,3 +24,8 @@ def cosine_restarts(period: int, *, floor: float = 0.0, every: int = 1) -> Calla
         return floor + (1 - floor) * (1 + math.cos(math.pi * phase)) / 2
 
     return factor
+
+
+def count_steps(asked: int | None, epochs: int, samples: int, per_step: int) -> int:
+    """`asked`, or else the steps of this many epochs, at least one."""
+    return asked if asked is not None else max(1, epochs * math.ceil(samples / per_step))

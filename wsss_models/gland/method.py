@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..data import read_mask
-from ..engine import Confusion, Context, Evaluation, Method, Stage, Training, Writing, auc, load_weights, png, polynomial
+from ..engine import Confusion, Context, Evaluation, Method, Stage, Training, Writing, auc, count_steps, load_weights, png, polynomial
 from ..errors import UsageError
 from .config import Classify, GlandConfig
 from .data import CLASSES, CropData, Images, PatchData, distortion, usable
@@ -22,10 +21,6 @@ from .losses import classification_loss, segmentation_loss
 from .model import GlandClassifier
 from .pseudo_label import activation_maps, otsu_mask, pseudo_mask, segment_image
 from .psp import PSPNet
-
-
-def _steps(asked: int | None, epochs: int, samples: int, per_step: int) -> int:
-    return asked if asked is not None else max(1, epochs * math.ceil(samples / per_step))
 
 
 def _after_each_epoch(images: Images, steps: int, epochs: int, validate: Callable[[nn.Module], dict[str, float]]) -> dict[str, Any]:
@@ -55,7 +50,7 @@ def train_classifier(context: Context) -> Training:
     data = PatchData(images, images.names("train"), distortion(recipe.jitter, recipe.blur))
     model = GlandClassifier(config.model)
     _adapt(model, context, "classifier")
-    steps = _steps(recipe.steps, recipe.epochs, len(data), recipe.batch_size * recipe.accumulate)
+    steps = count_steps(recipe.steps, recipe.epochs, len(data), recipe.batch_size * recipe.accumulate)
 
     def loss(model: nn.Module, batch) -> dict[str, torch.Tensor]:
         return {"loss": classification_loss(model(batch[0])[0], batch[1])}
@@ -169,7 +164,7 @@ def train_network(context: Context) -> Training:
     data = CropData(images, names, context.folder("masks"), recipe, distortion(config.classify.jitter, config.classify.blur))
     network = PSPNet(recipe)
     _adapt(network, context, "network")
-    steps = _steps(recipe.steps, recipe.epochs, len(data), recipe.batch_size * recipe.accumulate)
+    steps = count_steps(recipe.steps, recipe.epochs, len(data), recipe.batch_size * recipe.accumulate)
 
     def loss(network: nn.Module, batch) -> dict[str, torch.Tensor]:
         return segmentation_loss(*network(batch[0]), batch[1], weight=recipe.auxiliary, purified=recipe.purified)

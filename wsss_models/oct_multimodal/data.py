@@ -22,7 +22,7 @@ from ..engine import Context
 from ..errors import InputError
 from .config import Data
 
-_READERS: dict[str, Any] = {"resc": resc, "duke": duke}
+READERS: dict[str, Any] = {"resc": resc, "duke": duke}
 PROMPTS = {
     "resc": (
         "an optical coherence tomography b-scan of healthy retina",
@@ -51,7 +51,7 @@ class Scans:
 
     def __init__(self, context: Context):
         self.context, self.config = context, context.config.data
-        self.reader = _READERS[self.config.dataset]
+        self.reader = READERS[self.config.dataset]
         self.classes: tuple[str, ...] = self.reader.CLASSES
         self._whole = functools.lru_cache(self.config.cached_images)(self.reader.read_scan)
         self._marked = functools.lru_cache(self.config.cached_images)(self._annotation)

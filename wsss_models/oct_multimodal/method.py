@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -17,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..data import read_mask
 from ..data.oct import BScan
-from ..engine import Context, Evaluation, Method, Stage, Training, Writing, auc, png
+from ..engine import Context, Evaluation, Method, Stage, Training, Writing, auc, count_steps, png
 from ..engine.writing import Saver, npy
 from ..errors import InputError, UsageError
 from . import data, text
@@ -29,10 +28,6 @@ from .network import Network
 from .pseudo_label import Sweep, fused_maps, mask_at
 
 _LABEL_TEXT, _CAPTIONS, _GENERATOR = "label_text", "captions", "healthy_generator"
-
-
-def _steps(asked: int | None, epochs: int, samples: int, per_step: int) -> int:
-    return asked if asked is not None else max(1, epochs * math.ceil(samples / per_step))
 
 
 def write_label_text(context: Context) -> Writing:
@@ -125,16 +120,6 @@ def _grey_png(grey: np.ndarray, file) -> None:
     Image.fromarray(grey).save(file, "PNG")
 
 
-def _array(context: Context, stage: str, name: str) -> Tensor:
-    path = context.folder(stage) / f"{name}.npy"
-    try:
-        return torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float32))
-    except FileNotFoundError:
-        raise UsageError(f"stage {context.stage}: stage {stage} must be run first ({path} is not there)") from None
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); delete it and run stage {stage} again") from None
-
-
 def _captions(context: Context, scans: Scans) -> dict[str, Tensor] | None:
     """The caption vector of each B-scan; zeros where there is no caption model."""
     config = context.config
@@ -143,12 +128,12 @@ def _captions(context: Context, scans: Scans) -> dict[str, Tensor] | None:
     names = [scan.name for part in scans.scans.values() for scan in part]
     if config.text.captions == "none":
         return {name: torch.zeros(config.text.caption_width) for name in names}
-    return {name: _array(context, _CAPTIONS, name) for name in names}
+    return {name: torch.from_numpy(context.array(_CAPTIONS, name)) for name in names}
 
 
 def _model(context: Context, scans: Scans, captions: dict[str, Tensor] | None, *, trained: bool) -> OctModel:
     config = replace(context.config.model, weights=None) if trained else context.config.model
-    labels = _array(context, _LABEL_TEXT, "labels") if config.clip else torch.zeros(len(scans.classes), 2)
+    labels = torch.from_numpy(context.array(_LABEL_TEXT, "labels")) if config.clip else torch.zeros(len(scans.classes), 2)
     width = len(next(iter(captions.values()))) if captions else 0
     model = OctModel(config, len(scans.classes), labels, width)
     return context.load(model, "model") if trained else model
@@ -193,7 +178,7 @@ def train_model(context: Context) -> Training:
     recipe, captions = config.train, _captions(context, scans)
     model = _model(context, scans, captions, trained=False)
     dataset = Pairs(scans, scans.names("train"), captions, augment=True)
-    steps = _steps(recipe.steps, recipe.epochs, len(dataset), recipe.batch_size * recipe.accumulate)
+    steps = count_steps(recipe.steps, recipe.epochs, len(dataset), recipe.batch_size * recipe.accumulate)
     held = [n for n in scans.names("validation", lesion=True) if scans.views[n].scan.mask is not None]
 
     def validate(model: nn.Module) -> dict[str, float]:
@@ -321,14 +306,14 @@ def train_network(context: Context) -> Training:
         dataset=Labelled(scans, names, folder, recipe.size),
         loss=loss,
         optimizer=torch.optim.Adam(network.parameters(), recipe.lr),
-        steps=_steps(recipe.steps, recipe.epochs, len(names), recipe.batch_size),
+        steps=count_steps(recipe.steps, recipe.epochs, len(names), recipe.batch_size),
         batch_size=recipe.batch_size,
     )
 
 
 def predictor(context: Context) -> Callable[[np.ndarray], np.ndarray]:
     recipe = context.config.segment
-    classes = len(data._READERS[context.config.data.dataset].CLASSES)
+    classes = len(data.READERS[context.config.data.dataset].CLASSES)
     network = context.load(Network(recipe, classes, trained=True), "network")
 
     @torch.no_grad()
