@@ -1,13 +1,9 @@
 """M1: parameter counts, weights of BERT and DeiT, uncertainty, contrastive and grounding losses, mean teacher."""
 
 import math
-import os
-import socket
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 import wsss_kernels as wk
@@ -251,50 +247,6 @@ def test_grounding_steps_fused_and_reference():
         return grounding.text_guided_loss(m, *b[:2]) + grounding.mask_loss(m, *b)
 
     assert_steps_agree(decoder, loss, batches, lr=0.005)
-
-
-def _grounded(rank, port, results):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    try:
-        losses = _losses_of_rows(slice(0, 3) if rank == 0 else slice(3, 5))
-        results[rank] = [[loss.item(), *gradient] for loss, gradient in losses]
-    finally:
-        dist.destroy_process_group()
-
-
-def _losses_of_rows(rows):
-    """Text-guided and contrastive losses of some rows of a batch of five, each with its gradient of one shared parameter, averaged
-    over the processes as DistributedDataParallel does."""
-    torch.manual_seed(0)
-    decoder = grounding.GroundingDecoder(4, Grounding()).double()
-    patches, text, weight = torch.randn(5, 4, 4).double(), torch.randn(5, 4).double(), torch.eye(4).double().requires_grad_()
-    parts = [torch.randn(5, 4).double() for _ in range(4)]
-    valid = torch.ones(5, 4).double()
-    found = [vlm.Embedding(s[rows] @ weight, s[rows].tanh(), s[rows].exp(), (patches @ weight)[rows], valid[rows]) for s in parts]
-    losses = [grounding.text_guided_loss(decoder, patches[rows], text[rows]), vlm.vlm_loss((*found, torch.tensor(0.3)), Vlm())["loss"]]
-    for loss, parameter in zip(losses, (decoder.blocks[0].gate, weight), strict=True):
-        loss.backward()
-        gradient = parameter.grad.flatten()
-        if dist.is_initialized():
-            dist.all_reduce(gradient)
-            gradient = gradient / dist.get_world_size()
-        yield loss.detach(), gradient.tolist()
-
-
-def test_losses_of_two_processes_are_those_of_their_joint_batch():
-    expected = [[loss.item(), *gradient] for loss, gradient in _losses_of_rows(slice(0, 5))]
-    assert all(abs(row[1]) > 1e-3 for row in expected)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(_grounded, args=(port, results), nprocs=2)
-        results = dict(results)
-    for rank in range(2):
-        for got, wanted in zip(results[rank], expected, strict=True):
-            assert got == pytest.approx(wanted, rel=1e-9, abs=1e-12)
 
 
 def test_the_teacher_follows():
