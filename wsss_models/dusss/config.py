@@ -120,6 +120,8 @@ class Semi:
     jitter: float = 0.0
     """Strength of the distortion of colours that the student, and not the teacher, sees on unlabelled images (the input noise of
     mean teachers); the paper has none."""
+    jitter_labelled: bool = False
+    """Distort the labelled images, too; with and without unlabelled ones."""
     ramp: int = 0
     """Steps over which this weight rises, exp(−5 (1 − t)²); the paper does not mention it."""
     ema: float = 0.99
