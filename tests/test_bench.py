@@ -21,7 +21,18 @@ ROOT = Path(__file__).resolve().parent.parent
 def row(**changes) -> Row:
     values = {"op": "par", "case": "a", "sweep": "", "size": None, "mode": "forward", "dtype": "float32", "provider": "ours"}
     values |= {"p20_ms": 1.0, "p50_ms": 2.0, "p80_ms": 3.0, "runs": 5, "peak_mib": 4.0, "ratio": 1.0, "target": None, "error_ratio": 0.5}
-    values |= {"gate": "green", "gbps": 10.0, "gflops": 20.0, "roofline": 0.5, "machine": "a <machine>", "threads": 2, "clock_mhz": 3000.0}
+    values |= {
+        "gate": "green",
+        "gbps": 10.0,
+        "gflops": 20.0,
+        "roofline": 0.5,
+        "peak_gbps": 12.0,
+        "peak_gflops": 40.0,
+        "compile_s": None,
+        "machine": "a <machine>",
+        "threads": 2,
+        "clock_mhz": 3000.0,
+    }
     values |= {"torch": "2.14", "commit": "abc", "kernels": "0123", "date": "2026-01-01"}
     return Row(**{**values, **changes})
 
@@ -103,7 +114,9 @@ def test_memory_that_is_not_there():
 def test_a_sweep_and_where_ours_is_slower():
     spec = registry.spec("normalize_cam")
     small = dataclasses.replace(spec.sweeps[0], cases=dict(list(spec.sweeps[0].cases.items())[:2]))
-    rows = [r for size in sweep.run(spec, small, seconds=0.01, backend=None) for r in size]
+    names, jobs = zip(*sweep.jobs(spec, small, seconds=0.01, backend=None), strict=True)
+    assert names == ("normalize_cam at H·W = 4096", "normalize_cam at H·W = 16384")
+    rows = [r for job in jobs for r in job()]
     assert {r.size for r in rows} == {64.0**2, 128.0**2} and {r.sweep for r in rows} == {"H·W"}
     assert sweep.slower_at([row(provider="eager", ratio=0.5, size=3.0), row(provider="eager", ratio=2.0, size=4.0)]) == [3.0]
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,7 +28,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sweep", action="store_true", help="sweeps over each operator's size instead of the cases")
     parser.add_argument("--compiled", action="store_true", help="also torch.compile of the first baseline (seconds to minutes a case)")
     parser.add_argument("--seconds", type=float, default=5.0, help="time per case, in seconds (default 5)")
-    parser.add_argument("--minutes", type=float, help="time limit: no case is started after it, and what is left out is named")
+    parser.add_argument(
+        "--minutes", type=float, help="time limit: no case, and no size of a sweep, is started after it, and what is left out is named"
+    )
     parser.add_argument("--backend", help="as in the operators")
     parser.add_argument(
         "--tune", action="store_true", help="find the fastest launch configurations of the Triton kernels for this GPU instead"
@@ -43,16 +46,16 @@ def _progress(done: int, count: int, name: str) -> None:
         print(f"\r\033[K[{'#' * filled}{'.' * (20 - filled)}] {done}/{count} {name}", end="", file=sys.stderr, flush=True)
 
 
-Job = tuple[str, Callable[[], Iterator[list[Row]]]]
+Job = tuple[str, Callable[[], list[Row]]]
 
 
 def _jobs(options: argparse.Namespace, work: list[tuple[OpSpec, Case]], swept: list[tuple[OpSpec, Sweep]]) -> list[Job]:
-    """Names, and functions that measure: one row list per case."""
+    """Names, and functions that measure one case or one size of a sweep."""
     more = {"seconds": options.seconds, "backend": options.backend}
     if options.sweep:
-        return [(f"{spec.name} over {s.variable}", lambda spec=spec, s=s: sweeps.run(spec, s, **more)) for spec, s in swept]
+        return [job for spec, s in swept for job in sweeps.jobs(spec, s, **more)]
     more |= {"mode": options.mode, "compile": options.compiled}
-    return [(f"{spec.name} {case.name}", lambda spec=spec, case=case: iter([measure(spec, case, **more)])) for spec, case in work]
+    return [(f"{spec.name} {case.name}", functools.partial(measure, spec, case, **more)) for spec, case in work]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,6 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     work = [(spec, case) for spec in chosen for case in spec.cases if (case.quick or options.all) and (options.case or "") in case.name]
+    work.sort(key=lambda found: not found[1].quick)  # a time limit costs the long cases first
     if options.mode and options.mode != "forward":
         work = [(spec, case) for spec, case in work if spec.gradients]
     swept = [(spec, s) for spec in chosen for s in spec.sweeps]
@@ -90,14 +94,16 @@ def main(argv: list[str] | None = None) -> int:
             print(f"the limit of {options.minutes:g} minutes is reached; left out: {left}", file=sys.stderr)
             break
         _progress(done, len(jobs), name)
-        for rows in job():
-            print(text(rows), flush=True)
-            red |= any(row.gate.startswith("red") for row in rows)
-            if options.csv:
-                try:
-                    append(rows, options.csv / f"{slug(machine())}.csv" if options.csv.is_dir() or not options.csv.suffix else options.csv)
-                except (OSError, ValueError) as error:
-                    parser.error(f"--csv: {error}")
+        rows = job()
+        if sys.stderr.isatty():
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        print(text(rows), flush=True)
+        red |= any(row.gate.startswith("red") for row in rows)
+        if options.csv:
+            try:
+                append(rows, options.csv / f"{slug(machine())}.csv" if options.csv.is_dir() or not options.csv.suffix else options.csv)
+            except (OSError, ValueError) as error:
+                parser.error(f"--csv: {error}")
     return int(red)
 
 

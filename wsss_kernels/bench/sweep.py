@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from .._spec import OpSpec, Sweep
+from .._spec import Case, OpSpec, Sweep
 from .timing import Row, measure
 
 _SHARE = 0.5  # of the free memory that a baseline may be expected to need
@@ -38,20 +39,18 @@ def too_large(earlier: Sequence[Row], size: float, free: float) -> dict[str, str
     return found
 
 
-def run(spec: OpSpec, sweep: Sweep, *, seconds: float, backend: str | None) -> Iterator[list[Row]]:
-    """The rows of each size in ascending order."""
+def jobs(spec: OpSpec, sweep: Sweep, *, seconds: float, backend: str | None) -> Iterator[tuple[str, Callable[[], list[Row]]]]:
+    """A name and a function that measures for each size, ascending; each function expects the smaller sizes to have been run."""
     earlier: list[Row] = []
+
+    def one(size: float, case: Case) -> list[Row]:
+        without, at = too_large(earlier, size, free_bytes()), (sweep.variable, float(size))
+        rows = measure(spec, case, seconds=seconds, backend=backend, without=without, sweep=at)
+        earlier.extend(rows)
+        return rows
+
     for size, case in sorted(sweep.cases.items()):
-        rows = measure(
-            spec,
-            case,
-            seconds=seconds,
-            backend=backend,
-            without=too_large(earlier, size, free_bytes()),
-            sweep=(sweep.variable, float(size)),
-        )
-        earlier += rows
-        yield rows
+        yield f"{spec.name} at {sweep.variable} = {size:g}", functools.partial(one, size, case)
 
 
 def exponent(rows: Sequence[Row], provider: str = "ours") -> float | None:

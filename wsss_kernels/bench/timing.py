@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import functools
 import hashlib
@@ -36,6 +37,8 @@ class Row:
         gate: `green`; `red: …` and `not run: …` say why there is no figure.
         gbps, gflops: of ours in a forward pass, from the operator's own count of bytes and operations.
         roofline: time that this machine's measured bandwidth and product rate would need at least / median.
+        peak_gbps, peak_gflops: those two measured rates.
+        compile_s: the first call of a compiled baseline in seconds, which is where it compiles.
         sweep, size: the variable of a sweep and its value.
     """
 
@@ -58,6 +61,9 @@ class Row:
     gbps: float | None
     gflops: float | None
     roofline: float | None
+    peak_gbps: float | None
+    peak_gflops: float | None
+    compile_s: float | None
     machine: str
     threads: int
     clock_mhz: float | None
@@ -212,31 +218,116 @@ def alternate(calls: dict[str, Callable], seconds: float) -> dict[str, list[floa
     return times
 
 
-def _gate(spec: OpSpec, case: Case, calls: dict[str, Callable], mode: str) -> float:
-    """The error ratio of ours; raises AssertionError where ours or a baseline gives another result."""
-    args, kwargs = case.make()
-    truth = _call(spec, spec.reference, *cast((args, _exact(kwargs)), torch.float64), mode)()
-    coarse = _call(spec, spec.reference, *cast((args, _exact(kwargs)), torch.float32), mode)()
-    worst = 0.0
-    for name, call in calls.items():
-        for actual, wanted, reference in zip(call(), truth, coarse, strict=True):
-            if name == "ours" and "exact" not in kwargs:
-                worst = max(worst, assert_matches_truth(actual, wanted, reference, torch.float32, gradient=mode != "forward"))
-            elif wanted.is_floating_point():
-                # a baseline in float32, or an option of ours that gives precision away: 1e-3 of the largest value
-                bound = 1e-3 * float(wanted.abs().max()) if wanted.numel() else 0.0
+class Gate:
+    """What every provider's result is held to: the float64 reference, computed once per case."""
+
+    def __init__(self, spec: OpSpec, case: Case, mode: str):
+        args, kwargs = case.make()
+        exact = {k: v for k, v in kwargs.items() if k != "exact"}
+        self.gradient, self.less_precise = mode != "forward", "exact" in kwargs
+        self.truth = _call(spec, spec.reference, *cast((args, exact), torch.float64), mode)()
+        self.coarse = _call(spec, spec.reference, *cast((args, exact), torch.float32), mode)()
+
+    def check(self, name: str, results: list[torch.Tensor]) -> float:
+        """The error ratio of ours, 0 for a baseline.
+
+        Raises:
+            AssertionError: a result is wrong.
+        """
+        if len(results) != len(self.truth):
+            raise AssertionError(f"{name}: {len(results)} tensors, expected {len(self.truth)}")
+        worst = 0.0
+        for actual, wanted, reference in zip(results, self.truth, self.coarse, strict=True):
+            if name == "ours" and not self.less_precise:
+                worst = max(worst, assert_matches_truth(actual, wanted, reference, torch.float32, gradient=self.gradient))
+            else:
+                # A baseline in float32, or an option of ours that gives precision away: 1e-3 of the largest value. Integers
+                # and booleans must be equal.
+                bound = 1e-3 * float(wanted.abs().max()) if wanted.is_floating_point() and wanted.numel() else 0.0
                 assert_matches_truth(actual, wanted, reference, torch.float32, bound=bound, what=name)
-    return worst
+        return worst
 
 
-def _exact(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in kwargs.items() if k != "exact"}
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: on a CPU PyTorch says so only in the message of a RuntimeError."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0][:200]
+
+
+def _admit(gate: Gate, name: str, call: Callable) -> str:
+    """Why a baseline is not run for want of memory; empty where it runs and is right."""
+    try:
+        gate.check(name, call())
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return f"not run: out of memory: {_first_line(error)}"
+    return ""
+
+
+def _admit_compiled(gate: Gate, name: str, call: Callable) -> tuple[str, float]:
+    """Why a compiled baseline is not run (empty where it is), and the seconds of its first call."""
+    start = time.perf_counter()
+    try:
+        first = call()
+        seconds = time.perf_counter() - start
+        gate.check(name, first)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            call()
+    except AssertionError as error:
+        return f"red: {error}", 0.0
+    except torch._dynamo.exc.RecompileError as error:
+        return f"not run: its guards fail, so that it would compile at every call: {_first_line(error)}", 0.0
+    except Exception as error:  # whatever the compiler raises at code that it cannot take
+        return f"not run: {'out of memory' if out_of_memory(error) else type(error).__name__}: {_first_line(error)}", 0.0
+    return "", seconds
 
 
 def _empty(shared: dict, provider: str, gate: str) -> Row:
-    nan = float("nan")
-    figures = dict.fromkeys(("p20_ms", "p50_ms", "p80_ms", "peak_mib", "ratio", "error_ratio"), nan)
-    return Row(**shared, **figures, provider=provider, runs=0, gate=gate, gbps=None, gflops=None, roofline=None)
+    figures = dict.fromkeys(("p20_ms", "p50_ms", "p80_ms", "peak_mib", "ratio", "error_ratio"), float("nan"))
+    none = dict.fromkeys(("gbps", "gflops", "roofline", "peak_gbps", "peak_gflops", "compile_s"))
+    return Row(**shared, **figures, **none, provider=provider, runs=0, gate=gate)
+
+
+def _shared(spec: OpSpec, case: Case, mode: str, sweep: tuple[str, float] | None) -> dict[str, Any]:
+    """The columns that all rows of a case have in common."""
+    return {
+        "op": spec.name,
+        "case": case.name,
+        "mode": mode,
+        "dtype": "float32",
+        "target": case.target,
+        "machine": machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "commit": commit(),
+        "kernels": kernel_hash(spec.folder),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "clock_mhz": clock_mhz(),
+        "sweep": sweep[0] if sweep else "",
+        "size": sweep[1] if sweep else None,
+    }
+
+
+def _rates(spec: OpSpec, args: tuple, kwargs: dict, p50: float) -> dict[str, float | None]:
+    """Bandwidth and rate of ours in a forward pass, and the share of what this machine allows."""
+    moved = spec.bytes_moved(*args, **kwargs) if spec.bytes_moved else None
+    flops = spec.flops(*args, **kwargs) if spec.flops else None
+    if not moved and not flops:
+        return {}
+    bandwidth, rate = peaks()
+    return {
+        "gbps": moved / p50 / 1e6 if moved else None,
+        "gflops": flops / p50 / 1e6 if flops else None,
+        "roofline": max((moved or 0) / bandwidth, (flops or 0) / rate) / 1e6 / p50,
+        "peak_gbps": bandwidth,
+        "peak_gflops": rate,
+    }
 
 
 def measure(
@@ -260,23 +351,27 @@ def measure(
         sweep: variable and value, for the rows of a sweep.
     """
     mode = mode or ("forward+backward" if case.backward else "forward")
-    shared = {"op": spec.name, "case": case.name, "mode": mode, "dtype": "float32", "target": case.target, "machine": machine()}
-    shared |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit(), "kernels": kernel_hash(spec.folder)}
-    shared |= {"date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"), "clock_mhz": clock_mhz()}
-    shared |= {"sweep": sweep[0] if sweep else "", "size": sweep[1] if sweep else None}
+    shared = _shared(spec, case, mode, sweep)
     args, kwargs = case.make()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    given = cast((args, kwargs), torch.float32, device)
-    plain = cast((args, _exact(kwargs)), torch.float32, device)
-    others = {name: function for name, function in baselines(spec, case).items() if name not in (without or {})}
-    left_out = [_empty(shared, name, f"not run: {why}") for name, why in (without or {}).items()]
-    calls = {"ours": _call(spec, lambda *a, **k: spec.public(*a, **k, backend=backend), *given, mode)}
-    calls |= {name: _call(spec, function, *plain, mode) for name, function in others.items()}
+    plain = cast((args, {k: v for k, v in kwargs.items() if k != "exact"}), torch.float32, device)
+    calls = {"ours": _call(spec, lambda *a, **k: spec.public(*a, **k, backend=backend), *cast((args, kwargs), torch.float32, device), mode)}
+    others = baselines(spec, case)
+    left_out = {name: f"not run: {why}" for name, why in (without or {}).items()}
+    first_call = {}
     try:
-        error_ratio = _gate(spec, case, calls, mode)
+        gate = Gate(spec, case, mode)
+        error_ratio = gate.check("ours", calls["ours"]())
+        for name, function in others.items():
+            call = _call(spec, function, *plain, mode)
+            if name not in left_out:
+                why = _admit(gate, name, call)
+                (left_out if why else calls)[name] = why or call
         if compile and others:
-            name, function = next(iter(others.items()))
-            calls |= _compiled(spec, case, name, function, plain, mode, left_out, shared)
+            name = next(iter(others))
+            call = _call(spec, compiled(others[name]), *plain, mode)
+            why, first_call[f"{name} compiled"] = _admit_compiled(gate, f"{name} compiled", call)
+            (left_out if why else calls)[f"{name} compiled"] = why or call
     except AssertionError as error:
         return [_empty(shared, "ours", f"red: {error}")]
     peaks_mib = {name: peak_memory(call)[0] / 2**20 for name, call in calls.items()}
@@ -285,40 +380,8 @@ def measure(
     rows = []
     for name, t in times.items():
         p20, p50, p80 = (float(t.quantile(q)) for q in (0.2, 0.5, 0.8))
-        moved = spec.bytes_moved(*args, **kwargs) if name == "ours" and mode == "forward" and spec.bytes_moved else None
-        flops = spec.flops(*args, **kwargs) if name == "ours" and mode == "forward" and spec.flops else None
-        rows.append(
-            Row(
-                **shared,
-                provider=name,
-                p20_ms=p20,
-                p50_ms=p50,
-                p80_ms=p80,
-                runs=len(t),
-                peak_mib=peaks_mib[name],
-                ratio=float(t.median()) / ours,
-                error_ratio=error_ratio,
-                gate="green",
-                gbps=moved / p50 / 1e6 if moved else None,
-                gflops=flops / p50 / 1e6 if flops else None,
-                roofline=max((moved or 0) / peaks()[0], (flops or 0) / peaks()[1]) / 1e6 / p50 if moved or flops else None,
-            )
-        )
-    return rows + left_out
-
-
-def _compiled(
-    spec: OpSpec, case: Case, name: str, function: Callable, plain: tuple, mode: str, left_out: list[Row], shared: dict
-) -> dict[str, Callable]:
-    """The compiled baseline if it compiles and agrees; otherwise a row that says why not."""
-    label = f"{name} compiled"
-    call = {label: _call(spec, compiled(function), *plain, mode)}
-    try:
-        _gate(spec, case, call, mode)
-    except AssertionError as error:
-        left_out.append(_empty(shared, label, f"red: {error}"))
-    except Exception as error:  # whatever the compiler raises at code that it cannot take
-        left_out.append(_empty(shared, label, f"not run: {type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"))
-    else:
-        return call
-    return {}
+        figures = {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "runs": len(t), "peak_mib": peaks_mib[name], "error_ratio": error_ratio}
+        figures |= {"ratio": float(t.median()) / ours, "compile_s": first_call.get(name)}
+        figures |= _rates(spec, args, kwargs, p50) if name == "ours" and mode == "forward" else {}
+        rows.append(dataclasses.replace(_empty(shared, name, "green"), **figures))
+    return rows + [_empty(shared, name, why) for name, why in left_out.items()]
