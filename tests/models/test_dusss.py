@@ -138,6 +138,12 @@ def test_losses_are_those_of_the_equations():
     i, t, i2, t2 = embeddings
     torch.testing.assert_close(found["cross"], contrast(i, t), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(found["intra"], (contrast(i, i2) + contrast(t, t2)) / 2, atol=1e-4, rtol=1e-4)
+    ablated = vlm.vlm_loss((*embeddings, torch.tensor(0.5)), Vlm(local=0.0, uncertainty=False, intra=0.0))
+    cosine = nn.functional.cosine_similarity(i.semantic[:, None], t.semantic[None], dim=2) / 0.5
+    target = torch.arange(5)
+    plain = (nn.functional.cross_entropy(cosine, target) + nn.functional.cross_entropy(cosine.T, target)) / 2
+    torch.testing.assert_close(ablated["cross"], plain)
+    assert torch.equal(ablated["loss"], ablated["cross"]) and "intra" not in ablated
 
 
 @pytest.mark.parametrize(("cosine", "expected"), [(0.9, 0.995), (0.5, 0.865), (0.0, 0.605), (-0.5, 0.297)])
@@ -217,11 +223,30 @@ def test_text_guided_loss_of_a_case_worked_out():
     assert found == pytest.approx(math.log(1 + math.exp(-2)), rel=1e-5)
 
 
+def test_loss_against_the_masks_of_labelled_images():
+    """Every pixel's cosine is 1 or 0: logits 7.5 and -2.5; the second image has no mask."""
+    decoder = grounding.GroundingDecoder(2, Grounding())
+    patches, text = torch.tensor([[[2.0, 0.0]], [[5.0, 5.0]], [[0.0, 3.0]]]), torch.tensor([[1.0, 0.0]] * 3)
+    mask, labelled = torch.zeros(3, 8, 8), torch.tensor([True, False, True])
+    mask[0] = 1
+    found = grounding.mask_loss(decoder, patches, text, mask, labelled)
+    expected = (math.log(1 + math.exp(-7.5)) + math.log(1 + math.exp(-2.5))) / 2
+    assert float(found.detach()) == pytest.approx(expected, rel=1e-5)
+    found.backward()
+    assert decoder.shift.grad is not None
+    assert float(grounding.mask_loss(decoder, patches, text, mask, labelled & False)) == 0
+
+
 def test_grounding_steps_fused_and_reference():
     torch.manual_seed(0)
     decoder = grounding.GroundingDecoder(6, Grounding())
-    batches = [(torch.randn(3, 4, 6), torch.randn(3, 6)) for _ in range(20)]
-    assert_steps_agree(decoder, lambda m, b: grounding.text_guided_loss(m, *b), batches, lr=0.005)
+    mask = (torch.rand(3, 8, 8) < 0.3).float()
+    batches = [(torch.randn(3, 4, 6), torch.randn(3, 6), mask, torch.tensor([True, True, False])) for _ in range(20)]
+
+    def loss(m, b):
+        return grounding.text_guided_loss(m, *b[:2]) + grounding.mask_loss(m, *b)
+
+    assert_steps_agree(decoder, loss, batches, lr=0.005)
 
 
 def test_the_teacher_follows():

@@ -1,6 +1,7 @@
 """M1: readers of images with masks and sentences, the split, the chain."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import openpyxl
@@ -10,7 +11,8 @@ from PIL import Image
 
 from wsss_models import cli
 from wsss_models.data import lvit, monuseg, qata
-from wsss_models.dusss.data import turned
+from wsss_models.dusss.config import Data, DusssConfig, Semi
+from wsss_models.dusss.data import Semi as Pairs, turned
 from wsss_models.engine import dice_and_iou
 from wsss_models.errors import InputError
 
@@ -119,8 +121,6 @@ def test_generic_layout(tmp_path):
 
 
 def test_turns_keep_together():
-    from wsss_models.dusss.config import Data
-
     for seed in range(20):
         torch.manual_seed(seed)
         x = torch.rand(1, 9, 9)
@@ -131,6 +131,28 @@ def test_turns_keep_together():
         torch.manual_seed(seed)
         kinds.add(turned(Data(rotation=0.0))(torch.arange(4.0).reshape(1, 2, 2), 0.0).flatten().tolist().__str__())
     assert len(kinds) == 8  # all flips and quarter turns
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_what_student_and_teacher_see(labelled):
+    """Image, mask and guide are turned together; the colours of the student's images alone are distorted."""
+    columns = torch.linspace(-0.9, 0.9, 16).expand(16, 16)
+    config = DusssConfig(data=Data(size=16), semi=Semi(jitter=0.5, jitter_labelled=labelled))
+    images = SimpleNamespace(config=config.data, context=SimpleNamespace(config=config), image=lambda name: columns.expand(3, 16, 16))
+    images.mask = lambda name: (columns > 0).float()
+    dataset = Pairs(images, ["a"], ["b", "c"], lambda name: 5 * columns)
+    assert len(dataset) == 2
+    corners = 0
+    for seed in range(30):
+        torch.manual_seed(seed)
+        found = dataset[seed % 2]
+        inside = found["guide"] > -9
+        corners += int((~inside).sum())
+        assert torch.allclose(5 * found["other"][0][inside], found["guide"][inside], atol=1e-5)
+        assert not found["other"][0][~inside].any() and not torch.allclose(found["distorted"], found["other"], atol=1e-3)
+        assert torch.equal((found["image"][0] > 0).float(), found["mask"]) or labelled
+        assert torch.isin(found["image"], torch.cat([columns[0], torch.zeros(1)])).all() != labelled
+    assert corners > 50
 
 
 def test_dice():
@@ -148,7 +170,7 @@ def run(*arguments, settings=()):
 
 
 def test_chain(data, tmp_path):
-    assert run("run", "dusss", "--data", data, "--out", tmp_path / "run", settings=["semi.ramp=2"]) == 0
+    assert run("run", "dusss", "--data", data, "--out", tmp_path / "run", settings=["semi.ramp=2", "grounding.masks=1"]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     test = summary["stages"]["test"]["metrics"]
     assert summary["complete"] and {"dice_per_image", "iou_per_image", "teacher_dice"} <= set(test)
@@ -161,7 +183,12 @@ def test_chain(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings", [["semi.text=false"], ["semi.unlabelled=false"], ["data.crop=20", "semi.literal=true", "semi.loss=bce", "semi.jitter=0.3"]]
+    "settings",
+    [
+        ["semi.text=false"],
+        ["semi.unlabelled=false"],
+        ["data.crop=20", "semi.literal=true", "semi.loss=bce", "semi.jitter=0.3", "semi.jitter_labelled=true"],
+    ],
 )
 def test_variants(data, tmp_path, settings):
     assert run("run", "dusss", "--data", data, "--out", tmp_path / "run", settings=settings) == 0

@@ -10,8 +10,8 @@ import torch.multiprocessing as mp
 
 from wsss_models.cldf import decoder
 from wsss_models.cldf.config import Decoder
-from wsss_models.dusss import vlm
-from wsss_models.dusss.config import Vlm
+from wsss_models.dusss import grounding, vlm
+from wsss_models.dusss.config import Grounding, Vlm
 
 COUNT = 6
 
@@ -26,12 +26,18 @@ def dusss_loss(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return vlm.vlm_loss((*views, torch.tensor(0.3).double()), Vlm())["loss"]
 
 
+def grounding_loss(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    decoder = grounding.GroundingDecoder(4, Grounding(blocks=0)).double()
+    patches = torch.stack([x[0], x[1], x[2], -x[1]], dim=1) @ weight
+    return grounding.text_guided_loss(decoder, patches, x[3, :, :4])
+
+
 def cldf_loss(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     z = (x[0] @ weight).float()
     return decoder.contrastive_loss(z, (x[1, :, 0] > 0).long(), Decoder())
 
 
-LOSSES = {"dusss": dusss_loss, "cldf": cldf_loss}
+LOSSES = {"dusss": dusss_loss, "grounding": grounding_loss, "cldf": cldf_loss}
 
 
 def work(rank: int, port: int, name: str, results) -> None:

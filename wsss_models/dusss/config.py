@@ -69,6 +69,10 @@ class Vlm:
     b: float = 4.0
     lam: float = 0.2
     temperature: float = 0.07
+    uncertainty: bool = True
+    """False: the plain cosine instead of the similarity that uncertainty supervises (Table 2 without SSS)."""
+    intra: float = 1.0
+    """Weight of the contrast within each modality; 0: across modalities alone (Table 2 without DCL)."""
     ema_keys: bool = True
     """The second view is encoded by a moving average of the encoders, without gradient."""
     momentum: float = 0.995
@@ -87,6 +91,9 @@ class Grounding:
     blocks: int = 2
     affine: bool = True
     """Scale the cosine by learnt numbers, 10 and -2.5 at the start, before the sigmoid, which else spans 0.27 … 0.73 only."""
+    masks: float = 0.0
+    """Weight of a cross-entropy against the masks of the labelled images. The paper trains the decoder by sentences alone, which
+    need not say what tells foreground from background."""
     epochs: int = 20
     steps: int | None = None
     batch_size: int = 32
@@ -113,6 +120,8 @@ class Semi:
     jitter: float = 0.0
     """Strength of the distortion of colours that the student, and not the teacher, sees on unlabelled images (the input noise of
     mean teachers); the paper has none."""
+    jitter_labelled: bool = False
+    """Distort the labelled images, too; with and without unlabelled ones."""
     ramp: int = 0
     """Steps over which this weight rises, exp(−5 (1 − t)²); the paper does not mention it."""
     ema: float = 0.99

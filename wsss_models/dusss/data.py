@@ -24,6 +24,8 @@ from .config import Data
 from .encoders import Tokens
 
 CLASSES = ("background", "foreground")
+_BACKGROUND = -10.0
+"""Logit of a text-guided mask where a rotation leaves the image; the masks say background there, too."""
 
 
 @dataclass(frozen=True)
@@ -166,10 +168,15 @@ def turned(config: Data) -> Callable[[Tensor, float], Tensor]:
 
 
 class Captioned(Dataset):
-    """A dictionary of a view, its second view, and its sentence's tokens."""
+    """A dictionary of a view, its second view, and its sentence's tokens.
 
-    def __init__(self, images: Images, names: Sequence[str], tokens: dict[str, Tokens], *, augment: bool = True):
-        self.images, self.names, self.tokens, self.augment = images, list(names), tokens, augment
+    Args:
+        masks: the second view's mask and whether it is known, too.
+    """
+
+    def __init__(self, images: Images, names: Sequence[str], tokens: dict[str, Tokens], *, masks: bool = False):
+        self.images, self.names, self.tokens, self.masks = images, list(names), tokens, masks
+        self.labelled = set(images.labelled)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -177,8 +184,13 @@ class Captioned(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         name = self.names[index]
         image, tokens = self.images.image(name), self.tokens[name]
-        second = turned(self.images.config)(image, 0.0) if self.augment else image
-        return {"image": image, "second": second, "ids": tokens.ids[0], "mask": tokens.mask[0], "word": tokens.word[0]}
+        turn = turned(self.images.config)
+        found = {"image": image, "second": turn(image, 0.0), "ids": tokens.ids[0], "mask": tokens.mask[0], "word": tokens.word[0]}
+        if self.masks:
+            known = name in self.labelled
+            truth = self.images.mask(name) if known else torch.zeros(image.shape[1:])
+            found |= {"truth": turn(truth[None], 0.0)[0], "labelled": torch.tensor(known)}
+        return found
 
 
 class Semi(Dataset):
@@ -191,11 +203,18 @@ class Semi(Dataset):
 
     def __init__(self, images: Images, labelled: Sequence[str], unlabelled: Sequence[str], guide: Callable[[str], Tensor] | None):
         self.images, self.labelled, self.unlabelled, self.guide = images, list(labelled), list(unlabelled), guide
-        jitter = images.context.config.semi.jitter
+        recipe = images.context.config.semi
+        jitter, self.jitter_labelled = recipe.jitter, recipe.jitter_labelled
         self.jitter = v2.ColorJitter(jitter, jitter, jitter, min(0.5, jitter / 3)) if jitter else None
 
     def __len__(self) -> int:
         return max(len(self.labelled), len(self.unlabelled))
+
+    def _distorted(self, image: Tensor) -> Tensor:
+        if self.jitter is None:
+            return image
+        mean, std = (torch.tensor(v)[:, None, None] for v in (self.images.config.mean, self.images.config.std))
+        return (self.jitter((image * std + mean).clamp(0, 1)) - mean) / std
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         config = self.images.config
@@ -203,6 +222,8 @@ class Semi(Dataset):
         chosen = self.labelled[index] if len(self.labelled) == len(self) else self.labelled[int(torch.randint(len(self.labelled), ()))]
         turn = turned(config)
         found = {"image": turn(self.images.image(chosen), 0.0), "mask": turn(self.images.mask(chosen)[None], 0.0)[0]}
+        if self.jitter_labelled:
+            found["image"] = self._distorted(found["image"])
         if not self.unlabelled:
             return found
         other = (
@@ -211,9 +232,8 @@ class Semi(Dataset):
         turn = turned(config)
         found["other"] = turn(self.images.image(other), 0.0)
         if self.jitter is not None:
-            mean, std = (torch.tensor(v)[:, None, None] for v in (config.mean, config.std))
-            found["distorted"] = (self.jitter((found["other"] * std + mean).clamp(0, 1)) - mean) / std
+            found["distorted"] = self._distorted(found["other"])
         if self.guide is not None:
             logit = F.interpolate(self.guide(other)[None, None], (config.size,) * 2, mode="bilinear", align_corners=False)[0]
-            found["guide"] = turn(logit, 0.0)[0]
+            found["guide"] = turn(logit, _BACKGROUND)[0]
         return found

@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import wsss_kernels as wk
+from wsss_kernels.distributed import gather_with_grad
 
 from .config import Grounding
+from .unet import pixel_loss
 
 
 class GatedBlock(nn.Module):
@@ -42,8 +44,7 @@ class GroundingDecoder(nn.Module):
 
     def logits(self, pixels: Tensor, text: Tensor) -> Tensor:
         """Cosines of all pixels of N images with all of K sentences, scaled and shifted: `Tensor[N, K, s, s]`."""
-        cosine = wk.text_similarity(pixels, F.normalize(text, dim=1).to(pixels.dtype))
-        return self.scale * cosine + self.shift
+        return wk.text_similarity(pixels, F.normalize(text, dim=1).to(pixels.dtype), self.scale.to(pixels.dtype)) + self.shift
 
     def own_logits(self, pixels: Tensor, text: Tensor) -> Tensor:
         """Of each image with its own sentence: `Tensor[N, s, s]`; its sigmoid is the text-guided mask."""
@@ -51,17 +52,33 @@ class GroundingDecoder(nn.Module):
 
 
 def text_guided_loss(decoder: GroundingDecoder, patches: Tensor, text: Tensor) -> Tensor:
-    """Pixels pooled under each sentence's soft mask must be most like that sentence, among all pairs of the batch.
+    """Pixels pooled under each sentence's soft mask must be most like that sentence, among all pairs of the batch of all processes.
 
     Args:
         patches: `Tensor[B, L, D]`.
         text: `Tensor[B, D]`.
     """
-    pixels = decoder(patches)
+    pixels, text = decoder(patches), gather_with_grad(text)
     mask = decoder.logits(pixels, text).sigmoid()
     unit = F.normalize(pixels, dim=1)
     pooled = torch.einsum("bkhw,bdhw->bkd", mask, unit) / mask.sum((2, 3))[..., None].clamp(min=1e-6)
     like = torch.einsum("bkd,kd->bk", F.normalize(pooled, dim=2), F.normalize(text, dim=1))
-    logit = like / decoder.log_temperature.exp().clamp(min=0.01)
+    logit = gather_with_grad(like) / decoder.log_temperature.exp().clamp(min=0.01)
     target = torch.arange(len(logit), device=logit.device)
     return (F.cross_entropy(logit, target) + F.cross_entropy(logit.T, target)) / 2
+
+
+def mask_loss(decoder: GroundingDecoder, patches: Tensor, text: Tensor, mask: Tensor, labelled: Tensor) -> Tensor:
+    """Binary cross-entropy of the text-guided masks of the labelled images; 0 if there are none.
+
+    Args:
+        patches: `Tensor[B, L, D]`.
+        text: `Tensor[B, D]`.
+        mask: `Tensor[B, S, S]`, 0 and 1; read where labelled.
+        labelled: `Tensor[B]` bool.
+    """
+    if not labelled.any():
+        return patches.new_zeros(())
+    logit = decoder.own_logits(decoder(patches[labelled]), text[labelled])
+    logit = F.interpolate(logit[:, None], mask.shape[1:], mode="bilinear", align_corners=False)[:, 0]
+    return pixel_loss(logit.float(), mask[labelled], "bce")

@@ -20,7 +20,7 @@ from ..errors import InputError, UsageError
 from .config import DusssConfig
 from .data import CLASSES, Captioned, Images, Semi, to_input
 from .encoders import Tokenizer, Tokens
-from .grounding import GroundingDecoder, text_guided_loss
+from .grounding import GroundingDecoder, mask_loss, text_guided_loss
 from .unet import MeanTeacher, UNet, pixel_loss, semi_loss
 from .vlm import VisionLanguage, vlm_loss
 
@@ -59,7 +59,10 @@ def train_vlm(context: Context) -> Training:
 
 
 class Grounded(nn.Module):
-    """The frozen vision-language model and the grounding decoder. `forward(image, tokens)` → the text-guided loss."""
+    """The frozen vision-language model and the grounding decoder.
+
+    `forward(image, tokens, …)` → the text-guided loss, and that against the masks of labelled images if they are given.
+    """
 
     def __init__(self, context: Context):
         super().__init__()
@@ -77,8 +80,10 @@ class Grounded(nn.Module):
         with torch.no_grad():
             return self.model.encoders.of_image(image).local, self.model.encoders.of_text(tokens).semantic
 
-    def forward(self, image: Tensor, tokens: Tokens) -> Tensor:
-        return text_guided_loss(self.decoder, *self.embed(image, tokens))
+    def forward(self, image: Tensor, tokens: Tokens, mask: Tensor | None = None, labelled: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        found = self.embed(image, tokens)
+        known = mask_loss(self.decoder, *found, mask, labelled) if mask is not None else image.new_zeros(())
+        return text_guided_loss(self.decoder, *found), known
 
     def masks(self, image: Tensor, tokens: Tokens) -> Tensor:
         """Logits of the text-guided masks `Tensor[N, s, s]`."""
@@ -92,10 +97,12 @@ def train_grounding(context: Context) -> Training:
     model = Grounded(context)
     context.load(model.model, "vlm")
     model.model.requires_grad_(False)
-    dataset = Captioned(images, list(images.views), tokens)
+    dataset = Captioned(images, list(images.views), tokens, masks=recipe.masks > 0)
 
     def loss(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"loss": model(batch["second"], Tokens(batch["ids"], batch["mask"], batch["word"]))}
+        tokens = Tokens(batch["ids"], batch["mask"], batch["word"])
+        guided, known = model(batch["second"], tokens, batch.get("truth"), batch.get("labelled"))
+        return {"loss": guided + recipe.masks * known, "text": guided, "masks": known}
 
     return Training(
         model=model,

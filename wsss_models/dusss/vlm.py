@@ -170,7 +170,9 @@ def gathered(e: Embedding) -> Embedding:
 
 
 def uncertain_contrast(x: Embedding, y: Embedding, temperature: Tensor, config: Vlm) -> Tensor:
-    """InfoNCE in both directions on the similarity that uncertainty supervises (Eq. 1–8)."""
+    """InfoNCE in both directions on the similarity that uncertainty supervises (Eq. 1–8), or on the cosine."""
+    if not config.uncertainty:
+        return wk.info_nce(x.semantic, y.semantic, temperature.to(x.semantic.dtype))
     given = [t.float() if t.dtype != torch.float64 else t for t in (x.semantic, x.mu, x.sigma, y.semantic, y.mu, y.sigma)]
     tau = temperature.to(given[0].dtype)
     return wk.uncertainty_info_nce(*given, tau, a=config.a, b=config.b, lam=config.lam)
@@ -183,13 +185,15 @@ def mean_local(e: Embedding) -> Tensor:
 
 
 def vlm_loss(found: tuple[Embedding, Embedding, Embedding, Embedding, Tensor], config: Vlm) -> dict[str, Tensor]:
-    """L_cmc + L_imc (Eq. 8, 9), and the weighted contrast of local with global features."""
+    """L_cmc + L_imc (Eq. 8, 9; the second weighted), and the weighted contrast of local with global features."""
     image, text, image2, text2, temperature = found
     i, t, i2, t2 = (gathered(e) for e in (image, text, image2, text2))
     cross = uncertain_contrast(i, t, temperature, config)
-    intra = (uncertain_contrast(i, i2, temperature, config) + uncertain_contrast(t, t2, temperature, config)) / 2
-    total = {"cross": cross, "intra": intra}
-    loss = cross + intra
+    total, loss = {"cross": cross}, cross
+    if config.intra:
+        intra = (uncertain_contrast(i, i2, temperature, config) + uncertain_contrast(t, t2, temperature, config)) / 2
+        total["intra"] = intra
+        loss = loss + config.intra * intra
     if config.local:
         pairs = ((gather_with_grad(mean_local(image)), t.semantic), (gather_with_grad(mean_local(text)), i.semantic))
         local = sum(wk.info_nce(x.to(y.dtype), y, temperature.to(y.dtype)) for x, y in pairs) / 2
