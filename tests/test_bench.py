@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,52 @@ def test_a_wrong_baseline_prints_no_figure(monkeypatch):
     )
 
 
+@pytest.mark.parametrize("name", ["connected_components", "kmeans"])
+def test_wrong_integers_of_a_baseline_print_no_figure(monkeypatch, name):
+    """Labels too: one value of the first result is another."""
+    spec, case = case_of(name)
+
+    def one_off(*args, **kwargs):
+        result = spec.reference(*args, **kwargs)
+        flat = (result if isinstance(result, torch.Tensor) else result[0]).view(-1)
+        flat[-1] += 1
+        return result
+
+    monkeypatch.setattr(measuring, "baselines", lambda spec, case: {"eager": one_off})
+    (only,) = measure(spec, case, seconds=0.01)
+    assert re.match(r"red: eager: 1 of \d+ integer or boolean values differ", only.gate) and math.isnan(only.ratio)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you"),
+    ],
+)
+def test_a_baseline_that_runs_out_of_memory_says_so(monkeypatch, error):
+    spec, case = case_of("normalize_cam")
+
+    def refuse(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(measuring, "baselines", lambda spec, case: {"eager": refuse, "reference": spec.reference})
+    ours, other, without = measure(spec, case, seconds=0.01)
+    assert (ours.gate, other.provider, other.gate) == ("green", "reference", "green")
+    assert without.provider == "eager" and without.gate == f"not run: out of memory: {error}" and math.isnan(without.p50_ms)
+
+
+def test_another_error_of_a_baseline_is_not_hidden(monkeypatch):
+    spec, case = case_of("normalize_cam")
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("a mistake in the baseline")
+
+    monkeypatch.setattr(measuring, "baselines", lambda spec, case: {"eager": broken})
+    with pytest.raises(RuntimeError, match="a mistake in the baseline"):
+        measure(spec, case, seconds=0.01)
+
+
 def test_a_wrong_kernel_prints_no_figure(monkeypatch):
     spec, case = case_of("normalize_cam")
 
@@ -89,6 +136,39 @@ def test_a_baseline_that_does_not_compile_says_so(monkeypatch):
     monkeypatch.setattr(measuring, "compiled", refuse)
     rows = measure(*case_of("normalize_cam"), seconds=0.01, compile=True)
     assert rows[-1].gate == "not run: RuntimeError: this cannot be compiled" and rows[0].gate == "green"
+
+
+def test_a_compiled_baseline_whose_guards_fail_is_not_timed(monkeypatch):
+    def refuse(function):
+        calls = []
+
+        def call(*args, **kwargs):
+            calls.append(1)
+            if len(calls) > 1:
+                raise torch._dynamo.exc.RecompileError("a size has changed")
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(measuring, "compiled", refuse)
+    rows = measure(*case_of("normalize_cam"), seconds=0.01, compile=True)
+    assert rows[-1].gate == "not run: its guards fail, so that it would compile at every call: a size has changed"
+    assert rows[-1].compile_s is None and rows[0].gate == "green"
+
+
+def test_the_first_call_of_a_compiled_baseline_is_timed_apart(monkeypatch):
+    def slow_at_first(function):
+        calls = []
+
+        def call(*args, **kwargs):
+            calls.append(time.sleep(0 if calls else 0.3))
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(measuring, "compiled", slow_at_first)
+    rows = measure(*case_of("normalize_cam"), seconds=0.05, compile=True)
+    assert rows[-1].gate == "green" and rows[-1].compile_s >= 0.3 and rows[-1].p80_ms < 300 and rows[0].compile_s is None
 
 
 def test_every_operator_has_a_sweep():
@@ -164,6 +244,18 @@ def test_what_the_time_limit_leaves_out_is_named(capsys):
     assert "the limit of 1e-07 minutes is reached; left out: normalize_cam 4x20_maps_28x28" in err
 
 
+def test_the_time_limit_cuts_a_sweep_and_the_long_cases_first(monkeypatch, capsys):
+    seen, clock = [], iter(range(100))
+    monkeypatch.setattr(command.time, "monotonic", lambda: 60.0 * next(clock))
+    monkeypatch.setattr(sweep, "measure", lambda spec, case, **more: seen.append(more["sweep"][1]) or [row(case=case.name)])
+    command.main(["--op", "mpfp", "--sweep", "--minutes", "2.5"])
+    assert seen == [1.0, 4.0] and "left out: mpfp at batch = 16, mpfp at batch = 64" in capsys.readouterr().err
+    names = []
+    monkeypatch.setattr(command, "measure", lambda spec, case, **more: names.append(case.quick) or [row(case=case.name)])
+    command.main(["--op", "affinity_loss", "--op", "mpfp", "--all"])
+    assert names == sorted(names, reverse=True) and set(names) == {True, False}
+
+
 def test_comparison_in_turn(monkeypatch):
     calls = []
 
@@ -204,13 +296,40 @@ def test_report(tmp_path):
     steps = [("gland network", {b: {"median_seconds": 0.2, "operator_share": 0.3, "peak_bytes": 2**20} for b in ("fused", "reference")})]
     path = machine_report.write(rows, steps, tmp_path, "machine")
     page = path.read_text()
-    assert "http" not in page.replace("https://", "http://").split("<style>")[0] and 'src="http' not in page and "<script" not in page
+    assert "http:" not in page and "https:" not in page and "<script" not in page and "<link" not in page  # base64 has no colon
     assert "a &lt;machine&gt;" in page and "bad &lt;case&gt;" in page and "red: error 1 &gt; 0" in page
     line = next(line for line in re.findall(r"<tr>.*?</tr>", page) if "bad &lt;case&gt;" in line)
-    assert "nan" not in line and line.count("<td") == 4
+    assert "nan" not in line and line.count("<td") == 5
     assert "1 cases are green, 1 red" in page and "none of these" in page
     assert {p.stem for p in (tmp_path / "machine").glob("*.png")} == {"ratios", "time", "memory", "roofline", "end_to_end"}
     assert page.count("data:image/png;base64") == 5
+
+
+def test_the_report_says_why_a_baseline_has_no_figure(tmp_path):
+    rows = [row(), row(provider="eager", gate="not run: out of memory: it would need about 9 GiB", p50_ms=math.nan, ratio=math.nan)]
+    page = machine_report.write(rows, [], tmp_path, "machine").read_text()
+    line = next(line for line in re.findall(r"<tr>.*?</tr>", page.split("What has no figure")[1]) if "9 GiB" in line)
+    assert "<td>eager</td>" in line and "nan" not in line
+    assert "12 GB/s" in page and "40 GFLOP/s" in page  # the machine's own rates
+
+
+def test_every_case_is_in_the_report_in_order(tmp_path):
+    rows = [row(op=spec.name, case=case.name) for spec in registry.specs() for case in spec.cases][::-1]
+    page = machine_report.write(rows, [], tmp_path, "machine").read_text()
+    found = re.findall(r"<tr><td>(\w+)</td><td>(\S+)</td><td>float32</td>", page)
+    assert found == sorted({(r.op, r.case) for r in rows})
+
+
+def test_pictures_for_the_readme(tmp_path):
+    rows = [row(op="par", case=f"n{n}", sweep="H·W", size=n, p50_ms=n) for n in (40.0, 10.0, 20.0)]
+    (found,) = machine_report.groups(rows, sweep=True)
+    assert [r.size for r in found] == [10.0, 20.0, 40.0]
+    machine_report.write_images(rows, tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"bench_time.png", "bench_memory.png"}
+    assert set(machine_report._README) <= {spec.name for spec in registry.specs()}
+    empty = tmp_path / "empty"
+    machine_report.write_images([row()], empty)
+    assert not empty.exists()
 
 
 def test_report_of_what_is_no_csv(tmp_path, capsys):
