@@ -132,10 +132,10 @@ def main(argv: list[str] | None = None) -> int:
         try:
             if not isinstance(runs.build(context, stage), Training):
                 continue
+            found = {name: measure(context, stage, backend, args.steps) for name, backend in BACKENDS.items()}
         except (UsageError, InputError) as error:
             print(f"{stage.name}: left out ({error})")
             continue
-        found = {name: measure(context, stage, backend, args.steps) for name, backend in BACKENDS.items()}
         about = {
             "method": method.name,
             "device": str(context.device),

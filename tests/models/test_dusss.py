@@ -251,6 +251,16 @@ def test_pixel_losses():
     assert torch.isfinite(unet.pixel_loss(logit, torch.zeros(1, 4), "balanced"))
 
 
+def test_where_the_losses_of_a_soft_target_are_least():
+    target = torch.full((1, 100), 0.2)
+    levels = torch.linspace(0.05, 0.95, 19)
+    best = {}
+    for kind in ("bce", "balanced"):
+        losses = [float(unet.pixel_loss(torch.full((1, 100), float(torch.logit(p))), target, kind)) for p in levels]
+        best[kind] = float(levels[losses.index(min(losses))])
+    assert best["bce"] == pytest.approx(0.2) and best["balanced"] > 0.4
+
+
 def test_targets_on_unlabelled_images():
     teacher, text = torch.tensor([-4.0, 4.0]), torch.tensor([-2.0, 1.0])
     torch.testing.assert_close(unet.merged_target(teacher, text, literal=False), torch.tensor([-6.0, 5.0]).sigmoid())
@@ -263,6 +273,8 @@ def test_targets_on_unlabelled_images():
     torch.testing.assert_close(loss, expected)
     loss.backward()
     assert student.grad is not None and t.grad is None and g.grad is None
+    plain = unet.semi_loss(student, t, None, Semi(soft_loss="bce"))
+    torch.testing.assert_close(plain, nn.functional.binary_cross_entropy_with_logits(student, t.sigmoid()))
     torch.testing.assert_close(unet.semi_loss(student, t, None, Semi()), unet.pixel_loss(student, t.sigmoid(), "balanced"))
 
 

@@ -161,7 +161,7 @@ def test_chain(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings", [["semi.text=false"], ["semi.unlabelled=false"], ["data.crop=20", "semi.literal=true", "semi.loss=bce"]]
+    "settings", [["semi.text=false"], ["semi.unlabelled=false"], ["data.crop=20", "semi.literal=true", "semi.loss=bce", "semi.jitter=0.3"]]
 )
 def test_variants(data, tmp_path, settings):
     assert run("run", "dusss", "--data", data, "--out", tmp_path / "run", settings=settings) == 0
@@ -189,6 +189,12 @@ def test_what_is_missing_is_said(data, tmp_path, capsys):
         out = tmp_path / setting.replace("=", "_")
         assert run("run", "dusss", "--data", data, "--out", out, settings=["semi.text=false", setting]) != 0
         assert message in capsys.readouterr().err
+    both = ["semi.unlabelled=false", "data.test_on_validation=true"]
+    assert run("run", "dusss", "--data", data, "--out", tmp_path / "both", settings=both) == 2
+    assert "set semi.patience=null" in capsys.readouterr().err
+    assert run("run", "dusss", "--data", data, "--out", tmp_path / "four", settings=[*both, "semi.patience=null"]) == 0
+    assert json.loads((tmp_path / "four" / "summary.json").read_text())["stages"]["test"]["metrics"]["images"] == 4
+    capsys.readouterr()
     (data / "Train_Folder" / "Train_text.xlsx").unlink()
     assert run("run", "dusss", "--data", data, "--out", tmp_path / "text") != 0
     assert "it has no sentence in the table; set semi.text=false" in capsys.readouterr().err

@@ -28,6 +28,8 @@ class Data:
     validation: float = 0.1
     test: float = 0.2
     """Shares of the images where the data set has no such parts."""
+    test_on_validation: bool = False
+    """Test on the validation images too; they may then choose nothing (`semi.patience=null`)."""
     rotation: float = 20.0
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -101,10 +103,16 @@ class Semi:
     """False: mean teacher without text."""
     loss: Literal["balanced", "bce"] = "balanced"
     """Half Dice, half class-balanced binary cross-entropy (the code); or plain binary cross-entropy (the paper's words)."""
+    soft_loss: Literal["balanced", "bce"] = "balanced"
+    """Against the soft targets of unlabelled images. The balanced loss of a target p everywhere is least at ½, so that teacher and
+    student drive each other towards too much foreground; plain cross-entropy is least at p."""
     literal: bool = False
     """Eq. 15 as printed: the sigmoid of a sum of two probabilities, never below 0.5."""
     weight: float = 1.0
     """Of the loss on unlabelled images."""
+    jitter: float = 0.0
+    """Strength of the distortion of colours that the student, and not the teacher, sees on unlabelled images (the input noise of
+    mean teachers); the paper has none."""
     ramp: int = 0
     """Steps over which this weight rises, exp(−5 (1 − t)²); the paper does not mention it."""
     ema: float = 0.99

@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as geometry
 
 from ..data import lvit, monuseg, qata, read_image, read_lines, read_mask, sliding
 from ..data.files import split
 from ..data.lvit import Pair
 from ..engine import Context
-from ..errors import InputError
+from ..errors import InputError, UsageError
 from .config import Data
 from .encoders import Tokens
 
@@ -59,6 +60,10 @@ class Images:
         if "validation" not in found:
             count = round(config.validation * len(found["train"]))
             found["validation"], found["train"] = split(found["train"], (count, len(found["train"]) - count), seed)
+        if config.test_on_validation:
+            if self.context.config.semi.patience is not None:
+                raise UsageError("data.test_on_validation: the validation images choose the weights; set semi.patience=null")
+            found = {"train": found["train"], "test": [*found["validation"], *found.get("test", [])]}
         return {part: found.get(part, []) for part in ("train", "validation", "test")}
 
     def _views(self, pairs: Sequence[Pair]) -> list[View]:
@@ -186,6 +191,8 @@ class Semi(Dataset):
 
     def __init__(self, images: Images, labelled: Sequence[str], unlabelled: Sequence[str], guide: Callable[[str], Tensor] | None):
         self.images, self.labelled, self.unlabelled, self.guide = images, list(labelled), list(unlabelled), guide
+        jitter = images.context.config.semi.jitter
+        self.jitter = v2.ColorJitter(jitter, jitter, jitter, min(0.5, jitter / 3)) if jitter else None
 
     def __len__(self) -> int:
         return max(len(self.labelled), len(self.unlabelled))
@@ -203,6 +210,9 @@ class Semi(Dataset):
         )
         turn = turned(config)
         found["other"] = turn(self.images.image(other), 0.0)
+        if self.jitter is not None:
+            mean, std = (torch.tensor(v)[:, None, None] for v in (config.mean, config.std))
+            found["distorted"] = (self.jitter((found["other"] * std + mean).clamp(0, 1)) - mean) / std
         if self.guide is not None:
             logit = F.interpolate(self.guide(other)[None, None], (config.size,) * 2, mode="bilinear", align_corners=False)[0]
             found["guide"] = turn(logit, 0.0)[0]

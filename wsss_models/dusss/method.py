@@ -144,7 +144,7 @@ def train_student(context: Context) -> Training:
         if "other" not in batch:
             supervised = pixel_loss(network(batch["image"]).float(), batch["mask"], recipe.loss)
             return {"loss": supervised, "supervised": supervised}
-        logit = network(torch.cat([batch["image"], batch["other"]])).float()
+        logit = network(torch.cat([batch["image"], batch.get("distorted", batch["other"])])).float()
         ours, student = logit.split(len(batch["image"]))
         with torch.no_grad():
             teacher = model.teacher(batch["other"]).float()
@@ -160,7 +160,7 @@ def train_student(context: Context) -> Training:
         progress["step"] = step
         model.follow()
 
-    per_epoch = math.ceil(len(dataset) / recipe.batch_size)
+    per_epoch = math.ceil(len(images.views) / recipe.batch_size)  # the same rates with and without unlabelled images
     held = images.names("validation")
 
     def validate(network: nn.Module) -> dict[str, float]:

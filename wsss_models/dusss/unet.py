@@ -101,6 +101,6 @@ def semi_loss(student: Tensor, teacher: Tensor, text: Tensor | None, config: Sem
     """Eq. 15–17: the mean of the loss against the merged target and of that against the text-guided mask; without text, against
     the teacher alone. Targets carry no gradient."""
     if text is None:
-        return pixel_loss(student, teacher.detach().sigmoid(), config.loss)
-    merged = pixel_loss(student, merged_target(teacher, text, literal=config.literal).detach(), config.loss)
-    return (merged + pixel_loss(student, text.detach().sigmoid(), config.loss)) / 2
+        return pixel_loss(student, teacher.detach().sigmoid(), config.soft_loss)
+    merged = pixel_loss(student, merged_target(teacher, text, literal=config.literal).detach(), config.soft_loss)
+    return (merged + pixel_loss(student, text.detach().sigmoid(), config.soft_loss)) / 2
