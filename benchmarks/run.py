@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import machine_report  # noqa: E402  (the clone must come first on the path)
 from wsss_kernels.bench import __main__ as bench, slug  # noqa: E402
-from wsss_kernels.bench.timing import machine  # noqa: E402
+from wsss_kernels.bench.about import machine  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results"
 

@@ -14,7 +14,8 @@ import torch
 from benchmarks import machine_report
 from wsss_kernels import bench, registry
 from wsss_kernels.bench import __main__ as command, compare, sweep, timing as measuring
-from wsss_kernels.bench.timing import MODES, Row, kernel_hash, measure
+from wsss_kernels.bench.about import kernel_hash
+from wsss_kernels.bench.timing import MODES, Row, measure
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -122,7 +123,7 @@ def test_a_wrong_kernel_prints_no_figure(monkeypatch):
 @pytest.mark.slow
 def test_compiled_baseline():
     spec, case = case_of("normalize_cam")
-    rows = measure(spec, case, seconds=0.05, compile=True)
+    rows = measure(spec, case, seconds=0.3, compile=True)
     assert rows[-1].provider == "eager compiled" and (rows[-1].gate == "green" or rows[-1].gate.startswith("not run"))
 
 
@@ -134,8 +135,17 @@ def test_a_baseline_that_does_not_compile_says_so(monkeypatch):
         return call
 
     monkeypatch.setattr(measuring, "compiled", refuse)
-    rows = measure(*case_of("normalize_cam"), seconds=0.01, compile=True)
+    rows = measure(*case_of("normalize_cam"), seconds=0.3, compile=True)
     assert rows[-1].gate == "not run: RuntimeError: this cannot be compiled" and rows[0].gate == "green"
+
+
+def test_a_baseline_that_is_slower_than_the_case_allows_is_not_compiled(monkeypatch):
+    spec, case = case_of("normalize_cam")
+    monkeypatch.setattr(measuring, "baselines", lambda spec, case: {"eager": lambda *a, **k: time.sleep(0.05) or spec.reference(*a, **k)})
+    monkeypatch.setattr(measuring, "compiled", lambda function: pytest.fail("it is compiled"))
+    rows = measure(spec, case, seconds=0.02, compile=True)
+    assert [r.gate for r in rows[:2]] == ["green", "green"]
+    assert re.match(r"not run: one call of eager needs 0\.\d+ s, more than the case's 0\.02 s", rows[2].gate)
 
 
 def test_a_compiled_baseline_whose_guards_fail_is_not_timed(monkeypatch):
@@ -151,7 +161,7 @@ def test_a_compiled_baseline_whose_guards_fail_is_not_timed(monkeypatch):
         return call
 
     monkeypatch.setattr(measuring, "compiled", refuse)
-    rows = measure(*case_of("normalize_cam"), seconds=0.01, compile=True)
+    rows = measure(*case_of("normalize_cam"), seconds=0.3, compile=True)
     assert rows[-1].gate == "not run: its guards fail, so that it would compile at every call: a size has changed"
     assert rows[-1].compile_s is None and rows[0].gate == "green"
 
@@ -167,7 +177,7 @@ def test_the_first_call_of_a_compiled_baseline_is_timed_apart(monkeypatch):
         return call
 
     monkeypatch.setattr(measuring, "compiled", slow_at_first)
-    rows = measure(*case_of("normalize_cam"), seconds=0.05, compile=True)
+    rows = measure(*case_of("normalize_cam"), seconds=0.3, compile=True)
     assert rows[-1].gate == "green" and rows[-1].compile_s >= 0.3 and rows[-1].p80_ms < 300 and rows[0].compile_s is None
 
 
@@ -251,9 +261,9 @@ def test_the_time_limit_cuts_a_sweep_and_the_long_cases_first(monkeypatch, capsy
     command.main(["--op", "mpfp", "--sweep", "--minutes", "2.5"])
     assert seen == [1.0, 4.0] and "left out: mpfp at batch = 16, mpfp at batch = 64" in capsys.readouterr().err
     names = []
-    monkeypatch.setattr(command, "measure", lambda spec, case, **more: names.append(case.quick) or [row(case=case.name)])
+    monkeypatch.setattr(command, "measure", lambda spec, case, **more: names.append((spec.name, case.name)) or [row(case=case.name)])
     command.main(["--op", "affinity_loss", "--op", "mpfp", "--all"])
-    assert names == sorted(names, reverse=True) and set(names) == {True, False}
+    assert [op for op, _ in names] == ["affinity_loss", "mpfp", "mpfp", "mpfp", "affinity_loss", "affinity_loss"]
 
 
 def test_comparison_in_turn(monkeypatch):
