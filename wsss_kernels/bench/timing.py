@@ -177,6 +177,7 @@ class Gate:
         args, kwargs = case.make()
         exact = {k: v for k, v in kwargs.items() if k != "exact"}
         self.gradient, self.less_precise = mode != "forward", "exact" in kwargs
+        self.ties = spec.outputs != "exact"  # labels that a comparison of float32 numbers decides
         self.truth = _call(spec, spec.reference, *cast((args, exact), torch.float64), mode)()
         self.coarse = _call(spec, spec.reference, *cast((args, exact), torch.float32), mode)()
 
@@ -192,6 +193,11 @@ class Gate:
         for actual, wanted, reference in zip(results, self.truth, self.coarse, strict=True):
             if name == "ours" and not self.less_precise:
                 worst = max(worst, assert_matches_truth(actual, wanted, reference, torch.float32, gradient=self.gradient))
+            elif name != "ours" and self.ties and not wanted.is_floating_point() and actual.shape == wanted.shape:
+                # Where two distances are equal to rounding, a baseline in float32 may choose the other label.
+                differing = int((actual.cpu() != wanted).sum())
+                if differing > 1e-3 * wanted.numel():
+                    raise AssertionError(f"{name}: {differing} of {wanted.numel()} integer or boolean values differ")
             else:
                 # A baseline in float32, or an option of ours that gives precision away: 1e-3 of the largest value. Integers
                 # and booleans must be equal.
