@@ -143,18 +143,22 @@ def sweep_table(sweeps: Sequence[list[Row]]) -> str:
     return _table(titles, lines)
 
 
+def _label(row: Row, *, mode: bool = False) -> str:
+    """Operator and case; two cases may differ in the mode alone."""
+    return f"{row.op} {row.case.replace('_', ' ')}{f' ({row.mode})' if mode and row.mode != 'forward' else ''}"
+
+
 def _ratios(pyplot, cases: Sequence[list[Row]]):
     """A bar per case: time of the best baseline / ours."""
     found = sorted(
-        ((best.ratio, f"{ours.op} {ours.case.replace('_', ' ')}", best.provider) for ours, best, _ in map(headline, cases) if best),
+        ((best.ratio, _label(ours, mode=True), best.provider) for ours, best, _ in map(headline, cases) if best),
         key=lambda bar: bar[0],
     )
     if not found:
         return None
     figure, axis = pyplot.subplots(figsize=(9, 0.24 * len(found) + 1.2))
-    axis.barh(
-        [label for _, label, _ in found], [ratio for ratio, *_ in found], color=["#0b6e4f" if r >= 1 else "#b00020" for r, *_ in found]
-    )
+    axis.barh(range(len(found)), [ratio for ratio, *_ in found], color=["#0b6e4f" if r >= 1 else "#b00020" for r, *_ in found])
+    axis.set_yticks(range(len(found)), [label for _, label, _ in found])
     for y, (ratio, _, provider) in enumerate(found):
         axis.text(ratio, y, f" {ratio:.3g}× {provider}", va="center", fontsize=7)
     axis.axvline(1, color="black", linewidth=0.8)
@@ -220,10 +224,10 @@ def _roofline(pyplot, cases: Sequence[list[Row]]):
         left.annotate(str(n), (at, height), textcoords="offset points", xytext=(3, 3), fontsize=7)
     left.set(xscale="log", yscale="log", xlabel="operations / byte, as the algorithm counts them", ylabel="GFLOP/s")
     left.legend(fontsize=7)
-    labels = [f"{row.op} {row.case.replace('_', ' ')}  {n}" for n, row in enumerate(found, 1)]
-    right.barh(labels, [100 * row.roofline for row in found], color="#35618f")
+    right.barh(range(len(found)), [100 * row.roofline for row in found], color="#35618f")
+    right.set_yticks(range(len(found)), [f"{_label(row)}  {n}" for n, row in enumerate(found, 1)])
     right.axvline(100, color="black", linewidth=0.8)
-    right.set(xlabel="% of the roofline of main memory and products (above 100: the data lies in a cache)", xscale="log")
+    right.set(xlabel="% of the roofline (above 100: the data lies in a cache)", xscale="log")
     right.tick_params(axis="y", labelsize=7)
     right.margins(y=0.01)
     return figure
@@ -321,12 +325,15 @@ def write(rows: Sequence[Row], steps: Sequence[tuple[str, dict]], out: Path, nam
     parts = [
         f"<h1>wsss_kernels on {html.escape(first.machine)}</h1><p>{html.escape(facts)}.</p>",
         "<p>Ours and the baselines run in turn; times are medians with the 20th and 80th percentile, after a call to warm up; memory is the "
-        "peak above the inputs. A figure stands only where ours meets the tolerance rule against the float64 reference and every baseline "
+        "peak above the inputs: PyTorch's allocations and our workspaces, not what OpenCV or SciPy allocate themselves. A figure stands only where ours meets the tolerance rule against the float64 reference and every baseline "
         f"agrees with it: {len(green)} cases are green, {len(red)} red.</p>",
         "<h2>Time of the best baseline over ours</h2>",
         pictures.get("ratios", ""),
         ratio_table(cases),
-        "<h2>Scaling</h2><p>time ∝ size<sup>p</sup>, fitted over the upper half of the sizes.</p>" if sweeps else "",
+        "<h2>Scaling</h2><p>time ∝ size<sup>p</sup>, fitted over the upper half of the sizes: below the "
+        "expected exponent where fixed costs still weigh, above it where the data outgrows a cache.</p>"
+        if sweeps
+        else "",
         sweep_table(sweeps) if sweeps else "",
         pictures.get("time", ""),
         "<h2>Memory over size</h2>" if sweeps else "",

@@ -1,6 +1,6 @@
 """`make bench`: cases with compiled baselines, then sweeps, rows appended to `benchmarks/results/<machine>.csv`; then the report.
 
-Ten minutes for the cases, the long ones last, and five for the sweeps; what does not fit is named, and `--minutes` gives each more.
+Nine minutes for the cases, the long ones last, and six for the sweeps; what does not fit is named, and `--minutes` gives each more.
 Options are those of `python -m wsss_kernels.bench`; with `--op`, `--case`, `--tune`, `--compare` or `--sweep` only that is done.
 """
 
@@ -21,8 +21,8 @@ def main(given: list[str]) -> int:
     """Exit code 1 if a gate is red."""
     if any(word in given for word in ("--op", "--case", "--tune", "--compare", "--sweep", "--csv")):
         return bench.main(given if "--csv" in given else ["--csv", str(RESULTS), *given])
-    code = bench.main(["--csv", str(RESULTS), "--all", "--compiled", "--seconds", "2", "--minutes", "10", *given])
-    code = max(code, bench.main(["--csv", str(RESULTS), "--sweep", "--seconds", "0.6", "--minutes", "5", *given]))
+    code = bench.main(["--csv", str(RESULTS), "--all", "--compiled", "--seconds", "2", "--minutes", "9", *given])
+    code = max(code, bench.main(["--csv", str(RESULTS), "--sweep", "--seconds", "0.3", "--minutes", "6", *given]))
     return max(code, machine_report.main([str(RESULTS / f"{slug(machine())}.csv")]))
 
 

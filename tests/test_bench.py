@@ -1,4 +1,4 @@
-"""The benchmark: gates, modes, sweeps, the time limit, comparison of commits, the report of a machine."""
+"""The benchmark: gates, modes, sweeps, the time limit, comparison of commits."""
 
 import dataclasses
 import math
@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import machine_report
 from wsss_kernels import bench, registry
 from wsss_kernels.bench import __main__ as command, compare, sweep, timing as measuring
 from wsss_kernels.bench.about import kernel_hash
@@ -246,8 +245,10 @@ def test_csv_round_trip_and_the_newest_rows(tmp_path):
     bench.append([row(p50_ms=9.0), row(provider="eager", ratio=2.0)], path)
     bench.append([row(p50_ms=1.5), row(provider="eager", ratio=3.0), row(provider="other", ratio=2.5, p50_ms=0.5)], path)
     bench.append([row(case="b", gate="red: wrong", p50_ms=math.nan)], path)
+    bench.append([row(case="c", sweep="H·W", size=262144.0, p50_ms=0.123456)], path)
     found = bench.read(path)
-    assert [(r.case, r.provider) for r in found] == [("a", "ours"), ("a", "eager"), ("a", "other"), ("b", "ours")]
+    assert [(r.case, r.provider) for r in found] == [("a", "ours"), ("a", "eager"), ("a", "other"), ("b", "ours"), ("c", "ours")]
+    assert (found[-1].size, found[-1].p50_ms) == (262144, 0.1235)
     assert found[0].p50_ms == 1.5 and found[0].size is None and found[0].threads == 2
     ours, best, eager = bench.headline(found[:3])
     assert (ours.provider, best.provider, eager.provider) == ("ours", "other", "eager")
@@ -309,67 +310,6 @@ def test_comparison_with_a_commit():
     assert done.returncode == 0 and re.search(r"mpfp +16x2x28x28 .* ms .* ms", done.stdout), done.stderr
     left = subprocess.run(["git", "worktree", "list"], cwd=ROOT, capture_output=True, text=True).stdout
     assert "wsss_compare_" not in left
-
-
-def test_report(tmp_path):
-    rows = [row(), row(provider="eager", ratio=3.0, p50_ms=6.0), row(provider="eager compiled", ratio=2.0, p50_ms=4.0)]
-    rows += [row(case="bad <case>", gate="red: error 1 > 0", p50_ms=math.nan, ratio=math.nan)]
-    for n in (10.0, 20.0, 40.0):
-        rows += [
-            row(case=f"n{n}", sweep="H·W", size=n, p50_ms=n),
-            row(case=f"n{n}", sweep="H·W", size=n, provider="eager", p50_ms=9 * n, ratio=9.0),
-        ]
-    rows[-1] = row(case="n40.0", sweep="H·W", size=40.0, provider="eager", gate="not run: out of memory: it would need about 9 GiB")
-    steps = [("gland network", {b: {"median_seconds": 0.2, "operator_share": 0.3, "peak_bytes": 2**20} for b in ("fused", "reference")})]
-    path = machine_report.write(rows, steps, tmp_path, "machine")
-    page = path.read_text()
-    assert "http:" not in page and "https:" not in page and "<script" not in page and "<link" not in page  # base64 has no colon
-    assert "a &lt;machine&gt;" in page and "bad &lt;case&gt;" in page and "red: error 1 &gt; 0" in page
-    line = next(line for line in re.findall(r"<tr>.*?</tr>", page) if "bad &lt;case&gt;" in line)
-    assert "nan" not in line and line.count("<td") == 5
-    assert "1 cases are green, 1 red" in page and "none of these" in page
-    assert {p.stem for p in (tmp_path / "machine").glob("*.png")} == {"ratios", "time", "memory", "roofline", "end_to_end"}
-    assert page.count("data:image/png;base64") == 5
-
-
-def test_the_report_says_why_a_baseline_has_no_figure(tmp_path):
-    rows = [row(), row(provider="eager", gate="not run: out of memory: it would need about 9 GiB", p50_ms=math.nan, ratio=math.nan)]
-    page = machine_report.write(rows, [], tmp_path, "machine").read_text()
-    line = next(line for line in re.findall(r"<tr>.*?</tr>", page.split("What has no figure")[1]) if "9 GiB" in line)
-    assert "<td>eager</td>" in line and "nan" not in line
-    assert "12 GB/s" in page and "40 GFLOP/s" in page  # the machine's own rates
-
-
-def test_every_case_is_in_the_report_in_order(tmp_path):
-    rows = [row(op=spec.name, case=case.name) for spec in registry.specs() for case in spec.cases][::-1]
-    page = machine_report.write(rows, [], tmp_path, "machine").read_text()
-    found = re.findall(r"<tr><td>(\w+)</td><td>(\S+)</td><td>float32</td>", page)
-    assert found == sorted({(r.op, r.case) for r in rows})
-
-
-def test_pictures_for_the_readme(tmp_path):
-    rows = [row(op="par", case=f"n{n}", sweep="H·W", size=n, p50_ms=n) for n in (40.0, 10.0, 20.0)]
-    (found,) = machine_report.groups(rows, sweep=True)
-    assert [r.size for r in found] == [10.0, 20.0, 40.0]
-    machine_report.write_images(rows, tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {"bench_time.png", "bench_memory.png"}
-    assert set(machine_report._README) <= {spec.name for spec in registry.specs()}
-    empty = tmp_path / "empty"
-    machine_report.write_images([row()], empty)
-    assert not empty.exists()
-
-
-def test_report_of_what_is_no_csv(tmp_path, capsys):
-    (tmp_path / "a.csv").write_text("x,y\n1,2\n")
-    (tmp_path / "empty.csv").write_text("")
-    for name, message in (
-        ("a.csv", "is not a CSV of `make bench`"),
-        ("nothing.csv", "there is no such file"),
-        ("empty.csv", "holds no rows"),
-    ):
-        with pytest.raises(SystemExit) as stop:
-            machine_report.main([str(tmp_path / name)])
-        assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_peaks_of_the_machine():

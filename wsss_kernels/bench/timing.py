@@ -79,6 +79,11 @@ def peaks() -> tuple[float, float]:
     return 2 * a.numel() * 4 / best["copy"] / 1e6, 2 * m.shape[0] ** 3 / best["product"] / 1e6
 
 
+def case_mode(case: Case) -> str:
+    """The mode in which a case is measured unless another is asked for."""
+    return "forward+backward" if case.backward else "forward"
+
+
 def baselines(spec: OpSpec, case: Case) -> dict[str, Callable]:
     """The functions to compare with, the eager original first."""
     try:
@@ -315,7 +320,7 @@ def measure(
         without: providers that are not run, and why.
         sweep: variable and value, for the rows of a sweep.
     """
-    mode = mode or ("forward+backward" if case.backward else "forward")
+    mode = mode or case_mode(case)
     shared = _shared(spec, case, mode, sweep)
     args, kwargs = case.make()
     device = "cuda" if torch.cuda.is_available() else "cpu"
