@@ -182,12 +182,16 @@ def sanitize_steps(folders: Sequence[str], rehearse: bool) -> Iterator[Step]:
 
 
 def bench_steps(folders: Sequence[str], cases: dict[str, list[tuple[str, str]]], out: Path, rehearse: bool) -> Iterator[Step]:
-    """The quick cases of each operator; in a rehearsal the first one."""
+    """The quick cases of each operator, then sweeps, then the cases with compiled baselines; in a rehearsal one case each."""
     command = [sys.executable, "benchmarks/run.py", "--csv", str(out), "--seconds"]
     for folder in folders:
         name, case = cases[folder][0]
         names = [part for name in dict.fromkeys(name for name, _ in cases[folder]) for part in ("--op", name)]
         yield Step(f"bench/{folder}", [*command, "0.05", "--op", name, "--case", case] if rehearse else [*command, "1.5", *names])
+    if not rehearse:
+        names = [part for folder in folders for name in dict.fromkeys(n for n, _ in cases[folder]) for part in ("--op", name)]
+        yield Step("bench/sweeps", [*command, "0.3", "--sweep", "--minutes", "2", *names])
+        yield Step("bench/compiled", [*command, "0.5", "--compiled", "--minutes", "2", *names])
     if importlib.util.find_spec("matplotlib") is not None:
         yield Step("bench/report", [sys.executable, "benchmarks/machine_report.py", str(out), "--out", str(out / "reports")])
 

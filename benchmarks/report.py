@@ -15,31 +15,33 @@ sys.path.insert(0, str(ROOT))
 
 from wsss_kernels import registry  # noqa: E402  (the clone must come first on the path)
 from wsss_kernels._spec import OpSpec  # noqa: E402
-from wsss_kernels.bench import Row, headline, read  # noqa: E402
+from wsss_kernels.bench import Row, case_mode, headline, read  # noqa: E402
 
 BEGIN, END = "<!-- operators -->", "<!-- /operators -->"
 DEVICES = {"cpu": "C++", "cuda": "CUDA", "triton": "Triton"}
 
 
-def latest(path: Path) -> dict[tuple[str, str], list[Row]]:
-    """The newest rows of every case, ours first."""
-    found: dict[tuple[str, str], list[Row]] = {}
+def latest(path: Path) -> dict[tuple[str, str, str], list[Row]]:
+    """The newest rows of every case and mode, ours first."""
+    found: dict[tuple[str, str, str], list[Row]] = {}
     for row in read(path):
         if not row.sweep:
-            found.setdefault((row.op, row.case), []).append(row)
+            found.setdefault((row.op, row.case, row.mode), []).append(row)
     return found
 
 
-def _ratio(spec: OpSpec, measured: dict[tuple[str, str], list[Row]]) -> str:
+def _ratio(spec: OpSpec, measured: dict[tuple[str, str, str], list[Row]]) -> str:
     """The headline ratio, against the best baseline, and beside it the one against eager, of the first two cases."""
     cells = []
     for case in spec.cases:
-        rows = measured.get((spec.name, case.name), [])
+        rows = measured.get((spec.name, case.name, case_mode(case)), [])
         if rows and rows[0].provider == "ours" and rows[0].gate == "green":
             _, best, eager = headline(rows)
             if best is not None:
                 beside = f", {eager.ratio:.3g}× eager" if eager is not None and eager is not best else ""
-                cells.append(f"{best.ratio:.3g}× {best.provider}{beside} ({case.name.replace('_', ' ')})")
+                cells.append(
+                    f"{best.ratio:.3g}× {best.provider}{beside} ({case.name.replace('_', ' ')}{', with backward' if case.backward else ''})"
+                )
     return "; ".join(cells[:2])
 
 

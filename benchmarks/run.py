@@ -1,5 +1,6 @@
 """`make bench`: cases with compiled baselines, then sweeps, rows appended to `benchmarks/results/<machine>.csv`; then the report.
 
+Nine minutes for the cases, the long ones last, and six for the sweeps; what does not fit is named, and `--minutes` gives each more.
 Options are those of `python -m wsss_kernels.bench`; with `--op`, `--case`, `--tune`, `--compare` or `--sweep` only that is done.
 """
 
@@ -11,7 +12,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import machine_report  # noqa: E402  (the clone must come first on the path)
 from wsss_kernels.bench import __main__ as bench, slug  # noqa: E402
-from wsss_kernels.bench.timing import machine  # noqa: E402
+from wsss_kernels.bench.about import machine  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results"
 
@@ -20,8 +21,8 @@ def main(given: list[str]) -> int:
     """Exit code 1 if a gate is red."""
     if any(word in given for word in ("--op", "--case", "--tune", "--compare", "--sweep", "--csv")):
         return bench.main(given if "--csv" in given else ["--csv", str(RESULTS), *given])
-    code = bench.main(["--csv", str(RESULTS), "--all", "--compiled", "--seconds", "3", "--minutes", "20", *given])
-    code = max(code, bench.main(["--csv", str(RESULTS), "--sweep", "--seconds", "0.6", "--minutes", "10", *given]))
+    code = bench.main(["--csv", str(RESULTS), "--all", "--compiled", "--seconds", "2", "--minutes", "9", *given])
+    code = max(code, bench.main(["--csv", str(RESULTS), "--sweep", "--seconds", "0.3", "--minutes", "6", *given]))
     return max(code, machine_report.main([str(RESULTS / f"{slug(machine())}.csv")]))
 
 

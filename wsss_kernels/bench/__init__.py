@@ -10,6 +10,6 @@ package alone they are the operators' plain PyTorch references.
 
 from .sweep import exponent
 from .table import append, headline, read, slug, text
-from .timing import Row, measure
+from .timing import Row, case_mode, measure
 
-__all__ = ["Row", "append", "exponent", "headline", "measure", "read", "slug", "text"]
+__all__ = ["Row", "append", "case_mode", "exponent", "headline", "measure", "read", "slug", "text"]

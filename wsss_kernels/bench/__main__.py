@@ -15,8 +15,9 @@ from .. import bench, registry
 from .._spec import Case, OpSpec, Sweep
 from ..tune import tune
 from . import compare, sweep as sweeps
+from .about import commit, machine
 from .table import append, slug, text
-from .timing import MODES, Row, commit, machine, measure
+from .timing import MODES, Row, measure
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -69,10 +70,11 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     work = [(spec, case) for spec in chosen for case in spec.cases if (case.quick or options.all) and (options.case or "") in case.name]
-    work.sort(key=lambda found: not found[1].quick)  # a time limit costs the long cases first
+    # the first case of every operator, then the second ones, the long ones last: that is the order in which a time limit cuts
+    work.sort(key=lambda found: (not found[1].quick, list(found[0].cases).index(found[1])))
     if options.mode and options.mode != "forward":
         work = [(spec, case) for spec, case in work if spec.gradients]
-    swept = [(spec, s) for spec in chosen for s in spec.sweeps]
+    swept = sorted(((spec, s) for spec in chosen for s in spec.sweeps), key=lambda found: found[0].sweeps.index(found[1]))
     if not (swept if options.sweep else work):
         parser.error("no case matches")
     try:

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .timing import PACKAGE
+from .about import PACKAGE
 
 ROOT = PACKAGE.parent
 _BUILT_FROM = ("csrc", "setup.py")

@@ -20,7 +20,7 @@ def slug(text: str) -> str:
 
 
 def append(rows: Iterable[Row], path: Path) -> None:
-    """Adds rows to the machine's CSV; figures keep four significant digits.
+    """Adds rows to the machine's CSV; what was measured keeps four significant digits, sizes keep all.
 
     Raises:
         ValueError: the file has other columns.
@@ -37,7 +37,12 @@ def append(rows: Iterable[Row], path: Path) -> None:
         if fresh:
             writer.writeheader()
         for row in rows:
-            writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in asdict(row).items()})
+            writer.writerow(
+                {
+                    k: f"{v:.15g}" if k == "size" and v is not None else f"{v:.4g}" if isinstance(v, float) else v
+                    for k, v in asdict(row).items()
+                }
+            )
 
 
 def read(path: Path) -> list[Row]:

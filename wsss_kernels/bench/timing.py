@@ -5,26 +5,19 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
-import hashlib
 import importlib
-import os
-import platform
-import re
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from .. import _native
 from .._spec import Case, OpSpec
 from ..testing import assert_matches_truth, cast, flatten, gradient_tensors, peak_memory
+from .about import clock_mhz, commit, kernel_hash, machine
 
 MODES = ("forward", "forward+backward", "backward")
-PACKAGE = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -73,49 +66,6 @@ class Row:
     date: str
 
 
-def machine() -> str:
-    """The name of the GPU, or of the CPU with its instruction-set level."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(0).name
-    model = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        model = found.group(1) if found else model
-    level = _native.extension.cpu_capability() if _native.extension is not None else "no kernels"
-    return re.sub(r"\((R|TM)\)", "", f"{model}, {level}, {torch.get_num_threads()} threads")
-
-
-@functools.cache
-def commit() -> str:
-    answer = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=PACKAGE, capture_output=True, text=True)
-    return answer.stdout.strip() if answer.returncode == 0 else "installed"
-
-
-def kernel_hash(folder: str, root: Path = PACKAGE.parent) -> str:
-    """Of the sources of one operator's kernels, Triton and C++: equal as long as a figure still speaks of the same kernel.
-
-    Without the C++ sources (an installed package) the compiled libraries stand for them.
-    """
-    sources = [p for p in (root / "wsss_kernels/ops" / folder).glob("*.py") if p.name not in ("spec.py", "__init__.py")]
-    native = [*(root / "csrc/ops" / folder).glob("*"), *(root / "csrc/include").rglob("*")]
-    native = [p for p in native if p.is_file()] or list((root / "wsss_kernels").glob("*.so"))
-    digest = hashlib.sha256()
-    for path in sorted([*sources, *native]):
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()[:12]
-
-
-def clock_mhz() -> float | None:
-    """Of the processor now: the mean over the CPU's cores, or the GPU's."""
-    try:
-        if torch.cuda.is_available():
-            return float(torch.cuda.clock_rate())
-        found = re.findall(r"^cpu MHz\s*: ([\d.]+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except (OSError, RuntimeError, ModuleNotFoundError):  # without the GPU's management library it is not known
-        return None
-    return round(sum(map(float, found)) / len(found), 1) if found else None
-
-
 @functools.cache
 def peaks() -> tuple[float, float]:
     """(GB/s of a copy that no cache holds, GFLOP/s of a float32 product) of this machine, measured."""
@@ -123,9 +73,15 @@ def peaks() -> tuple[float, float]:
     size = 1 << (28 if device == "cuda" else 26)
     a, b = torch.ones(size, device=device), torch.empty(size, device=device)
     m = torch.rand(4096 if device == "cuda" else 1536, 4096 if device == "cuda" else 1536, device=device)
+    b.copy_(a), m @ m  # to warm up
     times = alternate({"copy": lambda: b.copy_(a), "product": lambda: m @ m}, 1.0)
     best = {name: min(t) for name, t in times.items()}
     return 2 * a.numel() * 4 / best["copy"] / 1e6, 2 * m.shape[0] ** 3 / best["product"] / 1e6
+
+
+def case_mode(case: Case) -> str:
+    """The mode in which a case is measured unless another is asked for."""
+    return "forward+backward" if case.backward else "forward"
 
 
 def baselines(spec: OpSpec, case: Case) -> dict[str, Callable]:
@@ -200,10 +156,11 @@ def _milliseconds(call: Callable) -> float:
 
 
 def alternate(calls: dict[str, Callable], seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of each call, all run in turn until the time is spent; at least 3 runs each, quick calls more."""
+    """Milliseconds of each call, all run in turn until the time is spent; at least 3 runs each, quick calls more.
+
+    The caller has warmed them up.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
     stop = time.perf_counter() + seconds
     while time.perf_counter() < stop or min(map(len, times.values())) < 3:
         slowest = max((t[-1] for t in times.values() if t), default=0.0)
@@ -225,6 +182,7 @@ class Gate:
         args, kwargs = case.make()
         exact = {k: v for k, v in kwargs.items() if k != "exact"}
         self.gradient, self.less_precise = mode != "forward", "exact" in kwargs
+        self.ties = spec.outputs != "exact"  # labels that a comparison of float32 numbers decides
         self.truth = _call(spec, spec.reference, *cast((args, exact), torch.float64), mode)()
         self.coarse = _call(spec, spec.reference, *cast((args, exact), torch.float32), mode)()
 
@@ -240,12 +198,22 @@ class Gate:
         for actual, wanted, reference in zip(results, self.truth, self.coarse, strict=True):
             if name == "ours" and not self.less_precise:
                 worst = max(worst, assert_matches_truth(actual, wanted, reference, torch.float32, gradient=self.gradient))
+            elif name != "ours" and self.ties and not wanted.is_floating_point() and actual.shape == wanted.shape:
+                # Where two distances are equal to rounding, a baseline in float32 may choose the other label.
+                differing = int((actual.cpu() != wanted).sum())
+                if differing > 1e-3 * wanted.numel():
+                    raise AssertionError(f"{name}: {differing} of {wanted.numel()} integer or boolean values differ")
             else:
                 # A baseline in float32, or an option of ours that gives precision away: 1e-3 of the largest value. Integers
                 # and booleans must be equal.
                 bound = 1e-3 * float(wanted.abs().max()) if wanted.is_floating_point() and wanted.numel() else 0.0
                 assert_matches_truth(actual, wanted, reference, torch.float32, bound=bound, what=name)
         return worst
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -257,35 +225,37 @@ def _first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0][:200]
 
 
-def _admit(gate: Gate, name: str, call: Callable) -> str:
-    """Why a baseline is not run for want of memory; empty where it runs and is right."""
+def _admit(gate: Gate, name: str, call: Callable) -> tuple[str, float]:
+    """Why a baseline is not run for want of memory (empty where it runs and is right), and the seconds of the call."""
+    start = time.perf_counter()
     try:
-        gate.check(name, call())
+        results = call()
+        _synchronize()
+        seconds = time.perf_counter() - start
+        gate.check(name, results)
     except Exception as error:
         if not out_of_memory(error):
             raise
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return f"not run: out of memory: {_first_line(error)}"
-    return ""
+        return f"not run: out of memory: {_first_line(error)}", 0.0
+    return "", seconds
 
 
 def _admit_compiled(gate: Gate, name: str, call: Callable) -> tuple[str, float]:
     """Why a compiled baseline is not run (empty where it is), and the seconds of its first call."""
-    start = time.perf_counter()
     try:
-        first = call()
-        seconds = time.perf_counter() - start
-        gate.check(name, first)
-        with torch._dynamo.config.patch(error_on_recompile=True):
-            call()
+        why, seconds = _admit(gate, name, call)
+        if not why:
+            with torch._dynamo.config.patch(error_on_recompile=True):
+                call()
     except AssertionError as error:
         return f"red: {error}", 0.0
     except torch._dynamo.exc.RecompileError as error:
         return f"not run: its guards fail, so that it would compile at every call: {_first_line(error)}", 0.0
     except Exception as error:  # whatever the compiler raises at code that it cannot take
-        return f"not run: {'out of memory' if out_of_memory(error) else type(error).__name__}: {_first_line(error)}", 0.0
-    return "", seconds
+        return f"not run: {type(error).__name__}: {_first_line(error)}", 0.0
+    return why, seconds
 
 
 def _empty(shared: dict, provider: str, gate: str) -> Row:
@@ -344,13 +314,13 @@ def measure(
     """One row per provider, ours first. Where the gate is red, one row that says so and holds no figure.
 
     Args:
-        seconds: time for the case, shared by all providers.
+        seconds: time for the case, shared by all providers. A baseline of which one call needs more is not compiled.
         mode: one of `MODES`; the case's own by default.
         compile: also `torch.compile` of the first baseline.
         without: providers that are not run, and why.
         sweep: variable and value, for the rows of a sweep.
     """
-    mode = mode or ("forward+backward" if case.backward else "forward")
+    mode = mode or case_mode(case)
     shared = _shared(spec, case, mode, sweep)
     args, kwargs = case.make()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -358,20 +328,26 @@ def measure(
     calls = {"ours": _call(spec, lambda *a, **k: spec.public(*a, **k, backend=backend), *cast((args, kwargs), torch.float32, device), mode)}
     others = baselines(spec, case)
     left_out = {name: f"not run: {why}" for name, why in (without or {}).items()}
-    first_call = {}
+    first_call: dict[str, float] = {}
     try:
         gate = Gate(spec, case, mode)
         error_ratio = gate.check("ours", calls["ours"]())
         for name, function in others.items():
             call = _call(spec, function, *plain, mode)
             if name not in left_out:
-                why = _admit(gate, name, call)
+                why, first_call[name] = _admit(gate, name, call)
                 (left_out if why else calls)[name] = why or call
-        if compile and others:
-            name = next(iter(others))
-            call = _call(spec, compiled(others[name]), *plain, mode)
-            why, first_call[f"{name} compiled"] = _admit_compiled(gate, f"{name} compiled", call)
-            (left_out if why else calls)[f"{name} compiled"] = why or call
+        name = next(iter(others)) if compile else None
+        if name in calls:
+            label, why = f"{name} compiled", ""
+            if first_call[name] > seconds:
+                why = (
+                    f"not run: one call of {name} needs {first_call[name]:.3g} s, more than the case's {seconds:g} s (--seconds gives more)"
+                )
+            else:
+                call = _call(spec, compiled(others[name]), *plain, mode)
+                why, first_call[label] = _admit_compiled(gate, label, call)
+            (left_out if why else calls)[label] = why or call
     except AssertionError as error:
         return [_empty(shared, "ours", f"red: {error}")]
     peaks_mib = {name: peak_memory(call)[0] / 2**20 for name, call in calls.items()}
@@ -381,7 +357,7 @@ def measure(
     for name, t in times.items():
         p20, p50, p80 = (float(t.quantile(q)) for q in (0.2, 0.5, 0.8))
         figures = {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "runs": len(t), "peak_mib": peaks_mib[name], "error_ratio": error_ratio}
-        figures |= {"ratio": float(t.median()) / ours, "compile_s": first_call.get(name)}
+        figures |= {"ratio": float(t.median()) / ours, "compile_s": first_call[name] if name.endswith(" compiled") else None}
         figures |= _rates(spec, args, kwargs, p50) if name == "ours" and mode == "forward" else {}
         rows.append(dataclasses.replace(_empty(shared, name, "green"), **figures))
     return rows + [_empty(shared, name, why) for name, why in left_out.items()]

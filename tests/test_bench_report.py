@@ -1,0 +1,101 @@
+"""The report of a machine and the README's table, from rows that are written here."""
+
+import math
+import re
+
+import pytest
+from test_bench import row
+
+from benchmarks import machine_report, report as readme
+from wsss_kernels import bench, registry
+
+
+def test_report(tmp_path):
+    rows = [row(), row(provider="eager", ratio=3.0, p50_ms=6.0), row(provider="eager compiled", ratio=2.0, p50_ms=4.0)]
+    rows += [row(case="bad <case>", gate="red: error 1 > 0", p50_ms=math.nan, ratio=math.nan)]
+    for n in (10.0, 20.0, 40.0):
+        rows += [
+            row(case=f"n{n}", sweep="H·W", size=n, p50_ms=n),
+            row(case=f"n{n}", sweep="H·W", size=n, provider="eager", p50_ms=9 * n, ratio=9.0),
+        ]
+    rows[-1] = row(case="n40.0", sweep="H·W", size=40.0, provider="eager", gate="not run: out of memory: it would need about 9 GiB")
+    steps = [("gland network", {b: {"median_seconds": 0.2, "operator_share": 0.3, "peak_bytes": 2**20} for b in ("fused", "reference")})]
+    path = machine_report.write(rows, steps, tmp_path, "machine")
+    page = path.read_text()
+    assert "http:" not in page and "https:" not in page and "<script" not in page and "<link" not in page  # base64 has no colon
+    assert "a &lt;machine&gt;" in page and "bad &lt;case&gt;" in page and "red: error 1 &gt; 0" in page
+    line = next(line for line in re.findall(r"<tr>.*?</tr>", page) if "bad &lt;case&gt;" in line)
+    assert "nan" not in line and line.count("<td") == 5
+    assert "1 cases are green, 1 red" in page and "none of these" in page
+    assert {p.stem for p in (tmp_path / "machine").glob("*.png")} == {"ratios", "time", "memory", "roofline", "end_to_end"}
+    assert page.count("data:image/png;base64") == 5
+
+
+def test_the_report_says_why_a_baseline_has_no_figure(tmp_path):
+    rows = [row(), row(provider="eager", gate="not run: out of memory: it would need about 9 GiB", p50_ms=math.nan, ratio=math.nan)]
+    page = machine_report.write(rows, [], tmp_path, "machine").read_text()
+    line = next(line for line in re.findall(r"<tr>.*?</tr>", page.split("What has no figure")[1]) if "9 GiB" in line)
+    assert "<td>eager</td>" in line and "nan" not in line
+    assert "12 GB/s" in page and "40 GFLOP/s" in page  # the machine's own rates
+
+
+def test_every_case_is_in_the_report_in_order(tmp_path):
+    rows = [row(op=spec.name, case=case.name) for spec in registry.specs() for case in spec.cases][::-1]
+    page = machine_report.write(rows, [], tmp_path, "machine").read_text()
+    found = re.findall(r"<tr><td>(\w+)</td><td>(\S+)</td><td>float32</td>", page)
+    assert found == sorted({(r.op, r.case) for r in rows})
+
+
+def test_bars_of_cases_that_differ_in_the_mode_alone():
+    from matplotlib import pyplot
+
+    pairs = [
+        [row(mode=m), row(mode=m, provider="eager", ratio=r)] for m, r in (("forward", 3.0), ("forward+backward", 2.0), ("backward", 4.0))
+    ]
+    axis = machine_report._ratios(pyplot, pairs).axes[0]
+    assert [(bar.get_y() + bar.get_height() / 2, bar.get_width()) for bar in axis.patches] == [(0, 2.0), (1, 3.0), (2, 4.0)]
+    assert [(t.get_position()[1], t.get_text()) for t in axis.texts] == [(0, " 2× eager"), (1, " 3× eager"), (2, " 4× eager")]
+    assert [t.get_text() for t in axis.get_yticklabels()] == ["par a (forward+backward)", "par a", "par a (backward)"]
+    (left, right) = machine_report._roofline(pyplot, [[row()], [row(case="b", roofline=0.9)]]).axes
+    assert len(right.patches) == 2 and len(left.lines[1].get_xdata()) == 2
+    pyplot.close("all")
+
+
+def test_the_readme_takes_the_mode_of_the_case(tmp_path):
+    path = tmp_path / "m.csv"
+    spec = registry.spec("cosine_affinity")
+    for mode, ratio in (("forward", 2.0), ("forward+backward", 3.0), ("backward", 99.0)):
+        bench.append(
+            [
+                row(op=spec.name, case=spec.cases[0].name, mode=mode),
+                row(op=spec.name, case=spec.cases[0].name, mode=mode, provider="eager", ratio=ratio),
+            ],
+            path,
+        )
+    found = readme._ratio(spec, readme.latest(path))
+    assert found == "2× eager (n784 c768); 3× eager (n784 c768, with backward)"
+
+
+def test_pictures_for_the_readme(tmp_path):
+    rows = [row(op="par", case=f"n{n}", sweep="H·W", size=n, p50_ms=n) for n in (40.0, 10.0, 20.0)]
+    (found,) = machine_report.groups(rows, sweep=True)
+    assert [r.size for r in found] == [10.0, 20.0, 40.0]
+    machine_report.write_images(rows, tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"bench_time.png", "bench_memory.png"}
+    assert set(machine_report._README) <= {spec.name for spec in registry.specs()}
+    empty = tmp_path / "empty"
+    machine_report.write_images([row()], empty)
+    assert not empty.exists()
+
+
+def test_report_of_what_is_no_csv(tmp_path, capsys):
+    (tmp_path / "a.csv").write_text("x,y\n1,2\n")
+    (tmp_path / "empty.csv").write_text("")
+    for name, message in (
+        ("a.csv", "is not a CSV of `make bench`"),
+        ("nothing.csv", "there is no such file"),
+        ("empty.csv", "holds no rows"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            machine_report.main([str(tmp_path / name)])
+        assert stop.value.code == 2 and message in capsys.readouterr().err

@@ -1,0 +1,60 @@
+"""What a row says of the machine and of the code: names, clocks, commit, a hash of the kernel's sources."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+
+from .. import _native
+
+PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def machine() -> str:
+    """The name of the GPU, or of the CPU with its instruction-set level."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).name
+    model = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        model = found.group(1) if found else model
+    level = _native.extension.cpu_capability() if _native.extension is not None else "no kernels"
+    return re.sub(r"\((R|TM)\)", "", f"{model}, {level}, {torch.get_num_threads()} threads")
+
+
+@functools.cache
+def commit() -> str:
+    answer = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=PACKAGE, capture_output=True, text=True)
+    return answer.stdout.strip() if answer.returncode == 0 else "installed"
+
+
+def kernel_hash(folder: str, root: Path = PACKAGE.parent) -> str:
+    """Of the sources of one operator's kernels, Triton and C++: equal as long as a figure still speaks of the same kernel.
+
+    Without the C++ sources (an installed package) the compiled libraries stand for them.
+    """
+    sources = [p for p in (root / "wsss_kernels/ops" / folder).glob("*.py") if p.name not in ("spec.py", "__init__.py")]
+    native = [*(root / "csrc/ops" / folder).glob("*"), *(root / "csrc/include").rglob("*")]
+    native = [p for p in native if p.is_file()] or list((root / "wsss_kernels").glob("*.so"))
+    digest = hashlib.sha256()
+    for path in sorted([*sources, *native]):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def clock_mhz() -> float | None:
+    """Of the processor now: the mean over the CPU's cores, or the GPU's."""
+    try:
+        if torch.cuda.is_available():
+            return float(torch.cuda.clock_rate())
+        found = re.findall(r"^cpu MHz\s*: ([\d.]+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except (OSError, RuntimeError, ModuleNotFoundError):  # without the GPU's management library it is not known
+        return None
+    return round(sum(map(float, found)) / len(found), 1) if found else None
