@@ -66,7 +66,7 @@ Buffer<T> expanded_bias(const Geometry& g, const Tensor& bias) {
 
 template <class T>
 int64_t work_cells(const Geometry& g, int64_t matrices) {
-  return 6 * g.stride() * g.depth() + 2 * g.stride() + matrices * g.slots() * g.stride();
+  return g.stride() * g.depth() + 2 * g.stride() + matrices * g.slots() * g.stride();
 }
 
 // maps: query, key, value of each branch.
@@ -84,10 +84,11 @@ Tensors forward(const Tensors& maps, const Tensor& bias, const Geometry& g) {
                           out<T>(results[i]), nullptr, nullptr, nullptr});
     const auto kernel = window_forward(tag);
     parallel_for(0, int64_t(branches.size()) * g.windows(), 1, [&](int64_t begin, int64_t end) {
-      Buffer<int32_t> slots(3 * g.slots());
+      Buffer<int32_t> slots(6 * g.slots());
       Buffer<T> work(work_cells<T>(g, 1));
       for (int64_t i = begin; i < end; ++i)
-        kernel(g, i % g.windows(), table.data(), branches[size_t(i / g.windows())], slots.data(), work.data());
+        kernel(g, i % g.windows(), std::min(i + 1, end - 1) % g.windows(), table.data(),
+               branches[size_t(i / g.windows())], slots.data(), work.data());
     });
   });
   return results;
@@ -137,15 +138,16 @@ Tensors backward(const Tensors& maps, const Tensors& grads, const Tensor& bias, 
     Buffer<T> collected(table.size() ? std::max<int64_t>(1, parts) * g.heads * cells : 0);
     const auto kernel = window_backward(tag);
     parallel_for(0, parts * g.heads, 1, [&](int64_t begin, int64_t end) {
-      Buffer<int32_t> slots(3 * g.slots());
+      Buffer<int32_t> slots(6 * g.slots());
       Buffer<T> work(work_cells<T>(g, 2));
       for (int64_t i = begin; i < end; ++i) {
         const int64_t head = i % g.heads, first = i / g.heads * size;
         T* sums = table.size() ? collected.data() + i * cells : nullptr;
         for (int64_t c = 0; sums && c < cells; ++c) sums[c] = T(0);
         for (int64_t w = first; w < std::min(first + size, total); ++w)
-          kernel(g, w % g.windows(), head, table.size() ? table.data() + head * cells : nullptr,
-                 branches[size_t(w / g.windows())], sums, slots.data(), work.data());
+          kernel(g, w % g.windows(), std::min(w + 1, total - 1) % g.windows(), head,
+                 table.size() ? table.data() + head * cells : nullptr, branches[size_t(w / g.windows())], sums,
+                 slots.data(), work.data());
       }
     });
     if (table.size()) reduce_bias(g, collected, parts, out<T>(results.back()));

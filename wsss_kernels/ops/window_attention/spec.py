@@ -168,10 +168,10 @@ def _flops(query, key, value, *, num_heads, window_size=None, **_) -> float:
 
 
 def _peak(query, key, value, *, num_heads, window_size=None, bias=None, **_) -> int:
-    """The bias of each head, and per thread six blocks of tokens and one of weights, rows rounded up to 32."""
+    """The bias of each head, and per thread one block of tokens and one of weights, rows rounded up to 32."""
     slots, depth = window_size**2, query.shape[3] // num_heads
     stride = -(-slots // 32) * 32
-    return 4 * (num_heads * slots * stride + torch.get_num_threads() * (6 * stride * depth + (slots + 2) * stride + 3 * slots))
+    return 4 * (num_heads * slots * stride + torch.get_num_threads() * (stride * depth + (slots + 2) * stride + 6 * slots))
 
 
 _TRITON = [f"window_attention.triton{end}" for end in ("", ".statistics", ".large", ".backward")]
