@@ -31,3 +31,7 @@ def scipy_components(mask: Tensor, *, connectivity: int = 8) -> Tensor:
     maps = (mask != 0).reshape(-1, *mask.shape[-2:]).numpy()
     structure = scipy.ndimage.generate_binary_structure(2, connectivity // 4)
     return torch.from_numpy(np.stack([scipy.ndimage.label(one, structure)[0] for one in maps])).view(mask.shape).to(torch.int32)
+
+
+for _loop in (opencv_loop, scipy_components):
+    _loop.compiles = False  # nothing of PyTorch in it that could be

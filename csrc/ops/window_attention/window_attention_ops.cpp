@@ -56,11 +56,14 @@ Buffer<T> expanded_bias(const Geometry& g, const Tensor& bias) {
   Buffer<T> all(g.heads * g.slots() * g.stride());
   const int64_t last = difference(g.slots() - 1, g.window_width);
   for (int64_t h = 0; h < g.heads; ++h)
-    for (int64_t k = 0; k < g.slots(); ++k)
-      for (int64_t q = 0; q < g.stride(); ++q) {
-        const int64_t row = difference(q, g.window_width) - difference(k, g.window_width) + last;
-        all[(h * g.slots() + k) * g.stride() + q] = q < g.slots() ? table[row * g.heads + h] : T(0);
-      }
+    for (int64_t k = 0; k < g.slots(); ++k) {
+      T* row = all.data() + (h * g.slots() + k) * g.stride();
+      const int64_t offset = last - difference(k, g.window_width);
+      for (int64_t v = 0; v < g.window_height; ++v)
+        for (int64_t u = 0; u < g.window_width; ++u)
+          *row++ = table[(offset + v * (2 * g.window_width - 1) + u) * g.heads + h];
+      std::fill_n(row, g.stride() - g.slots(), T(0));
+    }
   return all;
 }
 
@@ -94,25 +97,17 @@ Tensors forward(const Tensors& maps, const Tensor& bias, const Geometry& g) {
   return results;
 }
 
-// table[offset][head] = Σ over the parts, in order, of what their windows collected by slots.
+// total[offset] = Σ of what a head's windows collected by slots.
 template <class T>
-void reduce_bias(const Geometry& g, const Buffer<T>& parts, int64_t count, T* table) {
-  const int64_t cells = g.slots() * g.stride(), last = difference(g.slots() - 1, g.window_width);
-  parallel_for(0, g.heads, 1, [&](int64_t begin, int64_t end) {
-    Buffer<double> sums(g.offsets()), slots(cells);
-    for (int64_t h = begin; h < end; ++h) {
-      std::fill_n(slots.data(), cells, 0.);
-      for (int64_t p = 0; p < count; ++p) {
-        const T* part = parts.data() + (p * g.heads + h) * cells;
-        for (int64_t i = 0; i < cells; ++i) slots[i] += double(part[i]);
-      }
-      std::fill_n(sums.data(), g.offsets(), 0.);
-      for (int64_t k = 0; k < g.slots(); ++k)
-        for (int64_t q = 0; q < g.slots(); ++q)
-          sums[difference(q, g.window_width) - difference(k, g.window_width) + last] += slots[k * g.stride() + q];
-      for (int64_t o = 0; o < g.offsets(); ++o) table[o * g.heads + h] = T(sums[o]);
+void fold_bias(const Geometry& g, const T* slots, double* total) {
+  const int64_t width = 2 * g.window_width - 1, last = difference(g.slots() - 1, g.window_width);
+  std::fill_n(total, g.offsets(), 0.);
+  for (int64_t k = 0; k < g.slots(); ++k)
+    for (int64_t v = 0; v < g.window_height; ++v) {
+      const T* from = slots + k * g.stride() + v * g.window_width;
+      double* to = total + last - difference(k, g.window_width) + v * width;
+      for (int64_t u = 0; u < g.window_width; ++u) to[u] += double(from[u]);
     }
-  });
 }
 
 // maps: query, key, value of each branch; returns their gradients in the same order, then the table's.
@@ -135,22 +130,28 @@ Tensors backward(const Tensors& maps, const Tensors& grads, const Tensor& bias, 
     const int64_t total = int64_t(branches.size()) * g.windows(),
                   size = std::max<int64_t>(1, (total + kParts - 1) / kParts);
     const int64_t parts = (total + size - 1) / size, cells = g.slots() * g.stride();
-    Buffer<T> collected(table.size() ? std::max<int64_t>(1, parts) * g.heads * cells : 0);
+    Buffer<double> folded(table.size() ? parts * g.heads * g.offsets() : 0);
     const auto kernel = window_backward(tag);
     parallel_for(0, parts * g.heads, 1, [&](int64_t begin, int64_t end) {
       Buffer<int32_t> slots(6 * g.slots());
-      Buffer<T> work(work_cells<T>(g, 2));
+      Buffer<T> work(work_cells<T>(g, 2)), collected(table.size() ? cells : 0);
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t head = i % g.heads, first = i / g.heads * size;
-        T* sums = table.size() ? collected.data() + i * cells : nullptr;
-        for (int64_t c = 0; sums && c < cells; ++c) sums[c] = T(0);
-        for (int64_t w = first; w < std::min(first + size, total); ++w)
-          kernel(g, w % g.windows(), std::min(w + 1, total - 1) % g.windows(), head,
-                 table.size() ? table.data() + head * cells : nullptr, branches[size_t(w / g.windows())], sums,
-                 slots.data(), work.data());
+        const int64_t head = i % g.heads, first = i / g.heads * size, last = std::min(first + size, total) - 1;
+        std::fill_n(collected.data(), collected.size(), T(0));
+        for (int64_t w = first; w <= last; ++w)
+          kernel(g, w % g.windows(), std::min(w + 1, last) % g.windows(), head,
+                 table.size() ? table.data() + head * cells : nullptr, branches[size_t(w / g.windows())],
+                 table.size() ? collected.data() : nullptr, slots.data(), work.data());
+        if (table.size()) fold_bias(g, collected.data(), folded.data() + i * g.offsets());
       }
     });
-    if (table.size()) reduce_bias(g, collected, parts, out<T>(results.back()));
+    T* dbias = table.size() ? out<T>(results.back()) : nullptr;
+    for (int64_t o = 0; dbias && o < g.offsets(); ++o)
+      for (int64_t h = 0; h < g.heads; ++h) {
+        double sum = 0;
+        for (int64_t p = 0; p < parts; ++p) sum += folded[(p * g.heads + h) * g.offsets() + o];
+        dbias[o * g.heads + h] = T(sum);
+      }
   });
   return results;
 }
