@@ -27,16 +27,17 @@ def test_nan_is_the_maximum_of_its_image_only(backend, device, pixel):
     assert bool(result[0].isnan().all()) and not bool(result[1].isnan().any())
 
 
+@pytest.mark.parametrize(("backend", "device"), runnable_backends(registry.spec("text_similarity_pool")))
 @pytest.mark.parametrize("size", [1e-38, 1e-30, 1e-21, 1e19, 1e30])
 @pytest.mark.parametrize("operator", [wk.text_similarity, wk.text_similarity_pool])
-def test_vectors_whose_squares_float32_cannot_hold(operator, size):
+def test_vectors_whose_squares_float32_cannot_hold(operator, size, backend, device):
     generator = torch.Generator().manual_seed(0)
     visual = torch.randn(1, 40, 3, 5, generator=generator).clamp(0.5, 2)
     text = torch.randn(2, 40, generator=generator)
-    live = [(size * visual).requires_grad_(), visual.clone().double().requires_grad_()]
-    values = [operator(live[0], text), operator(live[1], text.double(), backend="reference")]
-    torch.testing.assert_close(values[0].double(), values[1], rtol=1e-5, atol=1e-6)
+    live = [(size * visual).to(device).requires_grad_(), visual.clone().double().requires_grad_()]
+    values = [operator(live[0], text.to(device), backend=backend), operator(live[1], text.double(), backend="reference")]
+    torch.testing.assert_close(values[0].double().cpu(), values[1], rtol=1e-5, atol=1e-6)
     if size > 1e-35:  # a gradient of 1e38 and more is beyond float32
         for value in values:
             value.sum().backward()
-        torch.testing.assert_close(live[0].grad.double() * size, live[1].grad, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(live[0].grad.double().cpu() * size, live[1].grad, rtol=1e-4, atol=1e-5)

@@ -15,10 +15,33 @@ from ..._triton import accumulator, config, dot, launch, power_of_2, precision
 
 
 @triton.jit
-def _inverse_length(square, NORMALIZE: tl.constexpr):
-    if NORMALIZE:
-        return tl.where(square == 0, 0.0, 1.0 / tl.sqrt(tl.where(square == 0, 1.0, square)))
-    return tl.where(square == square, 1.0, 1.0).to(square.dtype)
+def _inverse_length(square, pixels, inside, channels, s_channel, NORMALIZE: tl.constexpr, BC: tl.constexpr):
+    """1/|v| of pixels from |v|², 0 for vectors below the smallest normal number. Where squares have left the range, vectors are read
+    again and divided by their largest entry first."""
+    if not NORMALIZE:
+        return tl.where(square == square, 1.0, 1.0).to(square.dtype)
+    kind: tl.constexpr = square.dtype
+    low: tl.constexpr = 1e-280 if kind == tl.float64 else 1e-24
+    high: tl.constexpr = 1e300 if kind == tl.float64 else 1e34
+    least: tl.constexpr = 2.2250738585072014e-308 if kind == tl.float64 else 1.1754943508222875e-38
+    inverse = tl.where(square == 0, 0.0, 1.0 / tl.sqrt(tl.where(square == 0, 1.0, square)))
+    lost = inside & ((square < low) | (square > high))
+    if tl.max(lost.to(tl.int32), axis=0) > 0:
+        largest, scaled = tl.zeros_like(square), tl.zeros_like(square)
+        for start in range(0, channels, BC):
+            c = start + tl.arange(0, BC)
+            mask = (c < channels)[:, None] & inside[None, :]
+            v = tl.load(pixels[None, :] + c.to(tl.int64)[:, None] * s_channel, mask=mask, other=0.0).to(kind)
+            largest = tl.maximum(largest, tl.max(tl.abs(v), axis=0))
+        safe = tl.where(largest < least, 1.0, largest)
+        for start in range(0, channels, BC):
+            c = start + tl.arange(0, BC)
+            mask = (c < channels)[:, None] & inside[None, :]
+            v = tl.load(pixels[None, :] + c.to(tl.int64)[:, None] * s_channel, mask=mask, other=0.0).to(kind) / safe[None, :]
+            scaled += tl.sum(v * v, axis=0)
+        again = tl.where(largest < least, 0.0, 1.0 / tl.sqrt(tl.where(largest < least, 1.0, scaled)) / safe)
+        inverse = tl.where(lost, again, inverse)
+    return inverse
 
 
 @triton.jit
@@ -51,7 +74,8 @@ def _maps(visual_ptr, text_ptr, scale_ptr, out_ptr, blocks, classes, channels, p
     image, pixel, address = _block(visual_ptr, blocks, s_image, s_pixel, BP)
     row = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)
     product, square = _tile(address, pixel < pixels, text_ptr, row, classes, channels, s_channel, kind, BC, PRECISION)
-    value = product * (tl.load(scale_ptr).to(kind) * _inverse_length(square, NORMALIZE))[None, :]
+    inverse = _inverse_length(square, address, pixel < pixels, channels, s_channel, NORMALIZE, BC)
+    value = product * inverse[None, :] * tl.load(scale_ptr).to(kind)
     at = (image * classes + row)[:, None] * pixels + pixel[None, :]
     tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=(row < classes)[:, None] & (pixel < pixels)[None, :])
 
@@ -65,7 +89,8 @@ def _maxima(visual_ptr, text_ptr, scale_ptr, value_ptr, index_ptr, blocks, class
     row = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)
     inside = (pixel < pixels)[None, :] & (row < classes)[:, None]
     product, square = _tile(address, pixel < pixels, text_ptr, row, classes, channels, s_channel, kind, BC, PRECISION)
-    value = product * (tl.load(scale_ptr).to(kind) * _inverse_length(square, NORMALIZE))[None, :]
+    inverse = _inverse_length(square, address, pixel < pixels, channels, s_channel, NORMALIZE, BC)
+    value = product * inverse[None, :] * tl.load(scale_ptr).to(kind)
     nan = inside & (value != value)
     lost = tl.max(nan.to(tl.int32), axis=1) > 0
     top = tl.max(tl.where(inside & (value == value), value, float("-inf")), axis=1)
@@ -106,7 +131,7 @@ def _map_gradient(visual_ptr, text_ptr, scale_ptr, grad_ptr, out_ptr, inverse_pt
         mixed = _mixed_texts(grad_ptr, text_ptr, pixel, c, image, classes, channels, pixels, kind, BT, PRECISION)
         square += tl.sum(v * v, axis=0)
         along += tl.sum(mixed * v, axis=0)
-    inverse = _inverse_length(square, NORMALIZE)
+    inverse = _inverse_length(square, address, inside, channels, s_channel, NORMALIZE, BC)
     along = along * inverse
     tl.store(inverse_ptr + image * pixels + pixel, inverse, mask=inside)
     tl.store(slope_ptr + tl.program_id(0), tl.sum(tl.where(inside, along, 0.0), axis=0))
@@ -117,7 +142,7 @@ def _map_gradient(visual_ptr, text_ptr, scale_ptr, grad_ptr, out_ptr, inverse_pt
         mixed = _mixed_texts(grad_ptr, text_ptr, pixel, c, image, classes, channels, pixels, kind, BT, PRECISION)
         if NORMALIZE:
             v = tl.load(address[None, :] + c.to(tl.int64)[:, None] * s_channel, mask=mask, other=0.0).to(kind)
-            mixed = (mixed - v * (inverse * along)[None, :]) * inverse[None, :]
+            mixed = (mixed - v * inverse[None, :] * along[None, :]) * inverse[None, :]
         at = (image * channels + c)[:, None] * pixels + pixel[None, :]
         tl.store(out_ptr + at, (mixed * scale).to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -161,7 +186,9 @@ def _pool_gradient(visual_ptr, text_ptr, scale_ptr, index_ptr, grad_ptr, out_ptr
         v = tl.load(pixel + c * s_channel, mask=c < channels, other=0.0).to(kind)
         square += v * v
         along += v * tl.load(text_ptr + k * channels + c, mask=c < channels, other=0.0).to(kind)
-    inverse = _inverse_length(tl.sum(square, axis=0), NORMALIZE)
+    one = tl.zeros((1,), tl.int64)
+    length = _inverse_length(one.to(kind) + tl.sum(square, axis=0), pixel + one, one == 0, channels, s_channel, NORMALIZE, BC)
+    inverse = tl.sum(length, axis=0)
     tl.store(slope_ptr + image * classes + k, g * inverse * tl.sum(along, axis=0))
     earlier = tl.zeros((BT,), tl.int32)
     for start in range(0, k, BT):
@@ -186,7 +213,7 @@ def _pool_gradient(visual_ptr, text_ptr, scale_ptr, index_ptr, grad_ptr, out_ptr
                 tl.store(vector_ptr + (image * classes + k) * channels + c, v * (g * scale * inverse), mask=c < channels)
             else:
                 if NORMALIZE:
-                    mixed = (mixed - v * (inverse * inverse * tl.sum(total, axis=0))) * inverse
+                    mixed = (mixed - v * inverse * (inverse * tl.sum(total, axis=0))) * inverse
                 at = (image * channels + c) * pixels + own
                 tl.store(out_ptr + at, (mixed * scale).to(out_ptr.dtype.element_ty), mask=first & (c < channels))
 
