@@ -13,6 +13,10 @@ import os
 
 import pytest
 
+from wsss_kernels import registry
+
+FOLDERS = sorted({spec.folder for spec in registry.specs()})
+
 
 def _wanted(item: pytest.Item, folders: list[str], backends: list[str]) -> bool:
     params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
@@ -20,7 +24,8 @@ def _wanted(item: pytest.Item, folders: list[str], backends: list[str]) -> bool:
         return False
     if "spec" in params:
         return "backend" in params and params["spec"].folder in folders
-    own = any(item.path.stem.startswith(f"test_{folder}") for folder in folders)
+    named = [folder for folder in FOLDERS if item.path.stem == f"test_{folder}" or item.path.stem.startswith(f"test_{folder}_")]
+    own = max(named, key=len, default="") in folders
     return own or ("backend" in params and any(item.name.startswith(f"test_{folder}[") for folder in folders))
 
 
