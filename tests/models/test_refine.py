@@ -224,7 +224,13 @@ def test_control_c(tmp_path):
     command = [sys.executable, "-m", "wsss_models.cli", "refine", "images", "--points", "points.json", "--out", "out"]
     root = os.pathsep.join([str(cli.__file__).rpartition("/wsss_models/")[0], os.environ.get("PYTHONPATH", "")])
     child = subprocess.Popen(
-        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": root}, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": root},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it, and so would the child
     )
     deadline = time.monotonic() + 120
     while not (tmp_path / "out/001.json").exists() and child.poll() is None and time.monotonic() < deadline:
