@@ -42,3 +42,11 @@ def test_nan_is_not_hidden():
     feature, label = torch.randn(1, 3, 4, 5), torch.zeros(1, 4, 5, dtype=torch.int64)
     feature[0, 0, 1, 1] = float("nan")
     assert all(bool(wk.affinity_loss(feature, label, kind=kind).isnan()) for kind in ("balanced", "bce"))
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_a_label_of_one_byte_does_not_wrap_around(backend, device):
+    """300 is no label of one byte: nothing is ignored, also not 300 − 256 = 44."""
+    feature, label = torch.randn(1, 4, 2, 3).to(device), torch.tensor([[[0, 44, 0], [44, 1, 1]]], device=device)
+    one_byte = wk.affinity_loss(feature, label.byte(), ignore_index=300, backend=backend)
+    assert torch.equal(one_byte, wk.affinity_loss(feature, label, backend=backend))

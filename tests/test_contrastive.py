@@ -60,3 +60,29 @@ def test_far_apart_embeddings_do_not_underflow():
     ):
         truth = function(z.double(), "reference")
         torch.testing.assert_close(function(z, None), truth.float())
+
+
+@pytest.mark.parametrize(("backend", "device"), backends("supervised_contrastive_loss"))
+def test_a_label_of_one_byte_does_not_wrap_around(backend, device):
+    """The default ignore_index, −1, is not 255."""
+    z, label = torch.randn(6, 5).to(device), torch.tensor([255, 255, 255, 1, 1, 2], device=device)
+    one_byte = wk.supervised_contrastive_loss(z, label.byte(), backend=backend)
+    assert torch.equal(one_byte, wk.supervised_contrastive_loss(z, label, backend=backend))
+
+
+@pytest.mark.parametrize(("backend", "device"), backends("info_nce"))
+@pytest.mark.parametrize("size", [1e-200, 1e-160, 1e-30, 1e30, 1e160, 1e300])
+def test_rows_whose_squares_leave_the_range(size, backend, device):
+    dtype = torch.float32 if 1e-37 < size < 1e37 else torch.float64
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 7, 5, generator=generator, dtype=dtype).to(device)
+    label = torch.arange(7, device=device) % 3
+    for function in (
+        lambda x: wk.info_nce(x, y, 0.1, backend=backend),
+        lambda x: wk.supervised_contrastive_loss(x, label, backend=backend),
+    ):
+        given, usual = (x * size).requires_grad_(), x.clone().requires_grad_()
+        losses = function(given), function(usual)
+        torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+        gradients = [torch.autograd.grad(loss, t)[0] for loss, t in zip(losses, (given, usual), strict=True)]
+        torch.testing.assert_close(gradients[0] * size, gradients[1], rtol=1e-4, atol=1e-5)

@@ -51,3 +51,8 @@ def test_several_tiles(backend, device):
     ours.backward()
     theirs.backward()
     torch.testing.assert_close(given[0].grad.cpu(), given[1].grad, rtol=1e-10, atol=1e-15)
+
+
+def test_an_ignore_index_beyond_int64():
+    with pytest.raises(ValueError, match="ignore_index must be less than"):
+        wk.purified_label_loss(torch.rand(1, 3, 5, 7), torch.zeros(1, 5, 7, dtype=torch.int64), ignore_index=2**70)

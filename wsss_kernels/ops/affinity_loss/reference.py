@@ -13,7 +13,7 @@ from torch import Tensor
 def pairs(label: Tensor, radius: int | None, ignore_index: int) -> tuple[Tensor, Tensor]:
     """(positive, negative), each `Tensor[B, N, N]` of bool, N = h·w."""
     height, width = label.shape[-2:]
-    flat = label.flatten(1)
+    flat = label.long().flatten(1)  # a number that uint8 cannot hold would wrap around in the comparison
     used = flat != ignore_index
     near = used[:, :, None] & used[:, None, :]
     if radius is not None:

@@ -14,8 +14,18 @@ def wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def tamed(x: Tensor, dim: int = -1) -> Tensor:
+    """Vectors divided by the power of two next to their largest entry, which loses nothing: their squares stay in the range."""
+    if x.shape[dim] == 0 or x.numel() == 0:
+        return x
+    exponent = torch.frexp(x.detach().abs().amax(dim, keepdim=True)).exponent.to(x.dtype)
+    half = (exponent / 2).floor()  # in two steps: the power itself may be out of the range
+    return x * torch.exp2(-half) * torch.exp2(half - exponent)
+
+
 def unit(x: Tensor) -> Tensor:
     """Rows divided by their norms; zero rows stay zero, with zero gradient."""
+    x = tamed(x)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return torch.where(norm > 0, x / torch.where(norm > 0, norm, 1), 0)
 
@@ -24,7 +34,7 @@ def supervised_contrastive_loss(
     z: Tensor, label: Tensor, temperature: float | Tensor = 0.1, *, reduction: str = "mean", ignore_index: int = -1
 ) -> Tensor:
     """See `wsss_kernels.supervised_contrastive_loss`."""
-    z = unit(wide(z))
+    z, label = unit(wide(z)), label.long()  # a number that uint8 cannot hold would wrap around in the comparison
     logits = z @ z.T / temperature
     others = (label != ignore_index) & ~torch.eye(len(z), dtype=torch.bool, device=z.device)
     positive = (label[:, None] == label) & others & (label != ignore_index)[:, None]

@@ -59,7 +59,7 @@ def purified_label_loss(logit: Tensor, label: Tensor, *, ignore_index: int = 255
 
     Raises:
         TypeError: not tensors, integer logits, floating labels, different devices.
-        ValueError: wrong rank, an empty map, no class, sizes that differ.
+        ValueError: wrong rank, an empty map, no class, sizes that differ, an ignore_index of 2³¹ or more.
         RuntimeError: on the CPU, a label that is neither a class nor `ignore_index` (not checked before the kernel starts).
             The CUDA kernels, which must not make the host wait, answer with a loss of NaN instead.
     """
@@ -69,11 +69,10 @@ def purified_label_loss(logit: Tensor, label: Tensor, *, ignore_index: int = 255
     if logit.shape[1] == 0:
         raise ValueError(f"{op}: logit must have at least one class, got {_args.describe(logit)}")
     _args.same(op, "logit", (logit.shape[0], *logit.shape[2:]), "label", label.shape, "batch size, height and width")
-    if isinstance(ignore_index, bool) or not hasattr(ignore_index, "__index__"):
-        raise TypeError(f"{op}: ignore_index must be an int, got {_args.describe(ignore_index)}")
+    ignore_index = _args.integer(op, "ignore_index", ignore_index, -(2**63))
     logit, label = _args.align(op, ("logit", "label"), (logit, label), autocast="fp32")
     chosen = PURIFIED_OP.resolve((logit, label), backend)
     if chosen == "reference":
         return reference.purified_label_loss(logit, label, ignore_index=ignore_index)
     (logit,) = _args.widen(chosen, logit)
-    return apply(_PurifiedLabel, logit, label.long(), chosen, int(ignore_index))
+    return apply(_PurifiedLabel, logit, label.long(), chosen, ignore_index)

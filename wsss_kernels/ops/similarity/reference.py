@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..contrastive.reference import tamed
+
 
 def text_similarity(visual: Tensor, text: Tensor, scale: float | Tensor = 1.0, *, normalize_visual: bool = True) -> Tensor:
     """See `wsss_kernels.text_similarity`."""
@@ -16,6 +18,7 @@ def text_similarity(visual: Tensor, text: Tensor, scale: float | Tensor = 1.0, *
         visual, text = visual.float(), text.float()
         scale = scale.float() if isinstance(scale, Tensor) else scale
     if normalize_visual:
+        visual = tamed(visual, dim=1)
         square = visual.square().sum(dim=1, keepdim=True)
         empty = square == 0
         visual = torch.where(empty, 0.0, visual * torch.where(empty, 1.0, square).rsqrt())
