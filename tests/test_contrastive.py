@@ -86,3 +86,16 @@ def test_rows_whose_squares_leave_the_range(size, backend, device):
         torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
         gradients = [torch.autograd.grad(loss, t)[0] for loss, t in zip(losses, (given, usual), strict=True)]
         torch.testing.assert_close(gradients[0] * size, gradients[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("backend", "device"), backends("info_nce"))
+def test_nan_is_not_hidden(backend, device):
+    x, y = torch.randn(2, 7, 5).to(device)
+    x[3, 2] = torch.nan
+    label = torch.arange(7, device=device) % 3
+    losses = (
+        wk.info_nce(x, y, 0.1, backend=backend),
+        wk.supervised_contrastive_loss(x, label, backend=backend),
+        wk.uncertainty_info_nce(x, y, y, y, x[:1].expand(7, 5), y, 0.1, backend=backend),
+    )
+    assert all(bool(loss.isnan()) for loss in losses)

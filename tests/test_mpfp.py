@@ -29,3 +29,12 @@ def test_module():
     assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in module.parameters())
     bound = (6 * 9) ** -0.5
     assert bool((module.weight_pos.abs() <= bound).all()) and float(module.weight_pos.detach().std()) > 0.4 * bound
+
+
+@pytest.mark.parametrize(("backend", "device"), [*runnable_backends(registry.spec("mpfp")), ("reference", "cpu")])
+@pytest.mark.parametrize("where", range(3))
+def test_nan_is_not_hidden(where, backend, device):
+    tensors = [torch.randn(1, 2, 9, 7).to(device), *torch.randn(2, 3, 2, 4, 3, 3).to(device)]
+    tensors[where].view(-1)[tensors[where].numel() // 2] = torch.nan
+    logit, fused = wk.mpfp(*tensors, backend=backend)
+    assert bool(logit.isnan().any()) and bool(fused.isnan().any())

@@ -18,7 +18,7 @@ __device__ __forceinline__ float sigmoid(float x) { return 1.f / (1.f + expf(-x)
 __device__ __forceinline__ double sigmoid(double x) { return 1. / (1. + exp(-x)); }
 template <class A>
 __device__ __forceinline__ A positive(A x) {
-  return x > A(0) ? x : A(0);
+  return x < A(0) ? A(0) : x;  // NaN stays NaN
 }
 template <class A>
 __device__ __forceinline__ A choose(A x, A where_positive, A where_negative) {
@@ -122,11 +122,11 @@ __device__ void forward_maps(const Maps<A>& m, const Arguments<T>& call, const T
   for (int fusion = 0; fusion + 1 < m.s.levels; ++fusion) fuse(m, call, fusion, keep);
 }
 
-// relu(a) relu(f) − relu(−a) relu(−f): the product where the signs agree, with that sign.
+// relu(a) relu(f) − relu(−a) relu(−f): the product where the signs agree, with that sign; NaN stays NaN.
 template <class A>
 __device__ __forceinline__ A signed_product(A a, A f) {
   const A product = a * f;
-  return product > A(0) ? (a > A(0) ? product : -product) : A(0);
+  return product <= A(0) ? A(0) : (a > A(0) ? product : -product);
 }
 
 template <class T, class A>

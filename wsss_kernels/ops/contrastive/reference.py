@@ -24,10 +24,10 @@ def tamed(x: Tensor, dim: int = -1) -> Tensor:
 
 
 def unit(x: Tensor) -> Tensor:
-    """Rows divided by their norms; zero rows stay zero, with zero gradient."""
+    """Rows divided by their norms; zero rows stay zero, with zero gradient, and NaN is not hidden."""
     x = tamed(x)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return torch.where(norm > 0, x / torch.where(norm > 0, norm, 1), 0)
+    return torch.where(norm == 0, 0, x / torch.where(norm == 0, 1, norm))
 
 
 def supervised_contrastive_loss(
