@@ -6,7 +6,7 @@ from conftest import golden, load
 
 import wsss_kernels as wk
 from wsss_kernels import registry
-from wsss_kernels.testing import runnable_backends
+from wsss_kernels.testing import assert_matches_truth, runnable_backends
 
 
 @pytest.mark.parametrize("file", golden("crisscross_*.npz"))
@@ -32,3 +32,21 @@ def test_module():
     assert all(p.grad is not None for p in module.parameters())
     with pytest.raises(ValueError, match="CrissCrossAttention: in_dim must be at least 8, got 4"):
         wk.CrissCrossAttention(4)
+
+
+@pytest.mark.parametrize(("backend", "device"), runnable_backends(registry.spec("criss_cross_attention")))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [30, 100])
+def test_gradients_of_peaked_weights(size, dtype, backend, device):
+    """Nothing scales the logits: where one weight is nearly 1, its logit's gradient is a small difference."""
+    generator = torch.Generator().manual_seed(1)
+    maps = [torch.randn(2, channels, 4, 5, generator=generator).to(dtype) for channels in (2, 2, 6, 6)]
+    maps[0] = maps[0] * size
+
+    def gradients(kind, where, place):
+        live = [t.to(place, kind).requires_grad_() for t in maps[:3]]
+        return torch.autograd.grad(wk.criss_cross_attention(*live, backend=where), live, maps[3].to(place, kind))
+
+    truth, coarse = gradients(torch.float64, "reference", "cpu"), gradients(torch.float32, "reference", "cpu")
+    for actual, wanted, ref in zip(gradients(dtype, backend, device), truth, coarse, strict=True):
+        assert_matches_truth(actual, wanted, ref, dtype, gradient=True)

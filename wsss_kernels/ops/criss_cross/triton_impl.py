@@ -3,7 +3,7 @@
 The softmax over the cross is two softmaxes over lines, merged by their maxima and sums; the own position belongs to the row. One
 kernel gathers `Σ weight · x` over a line, for the result (x = value), dQ (key), dK (query) and dV (the result's gradient) alike: the
 column's pass writes, the row's adds, and the order of the launches makes the sum the same every time. With P the weights and
-D = Σ_c dO·O of each pixel, the gradient of a logit is P (dO·V − D).
+D = Σ P (dO·V) of each pixel, the gradient of a logit is P (dO·V − D).
 """
 
 from __future__ import annotations
@@ -88,21 +88,6 @@ def _statistics(query, key, before, after, lines, length, blocks, keys, strides,
 
 
 @triton.jit
-def _inner(first, second, out, height, width, channels, blocks, strides, kind: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr):
-    """Σ over channels of the product of two maps."""
-    image = tl.program_id(0).to(tl.int64) // blocks
-    pixel = tl.program_id(0).to(tl.int64) % blocks * BP + tl.arange(0, BP)
-    y, x = pixel // width, pixel % width
-    a = first + image * strides[0][0] + y * strides[0][2] + x * strides[0][3]
-    b = second + image * strides[1][0] + y * strides[1][2] + x * strides[1][3]
-    acc = tl.zeros((BP,), kind)
-    for start in range(0, channels, BC):
-        left = _rows(a, pixel, height * width, start, channels, strides[0][1], BC).to(kind)
-        acc += tl.sum(left * _rows(b, pixel, height * width, start, channels, strides[1][1], BC).to(kind), axis=1)
-    tl.store(out + image * height * width + pixel, acc, mask=pixel < height * width)
-
-
-@triton.jit
 def _weights(q, k, v, g, stats, inner, q_position, k_position, length, keys, values, strides, pixels, s_position, kind: tl.constexpr,
              GRADIENT: tl.constexpr, COLUMN: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """A tile of weights, or with GRADIENT of the logits' gradients, queries × keys. stats and inner point to the line."""
@@ -114,6 +99,28 @@ def _weights(q, k, v, g, stats, inner, q_position, k_position, length, keys, val
         product = _products(g, v, q_position, k_position, length, values, strides[3][1], strides[2][1], kind, BC, PRECISION)
         weight *= product - tl.load(inner + at, mask=inside, other=0.0)[:, None]
     return weight
+
+
+@triton.jit
+def _inner(query, key, value, grad, stats, out, lines, length, blocks, keys, values, strides, pixels, s_line, s_position,
+           kind: tl.constexpr, COLUMN: tl.constexpr, ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+           PRECISION: tl.constexpr):  # fmt: skip
+    """D = Σ weight · (dO·V) over a line. From the tiles that the gradients use, not as dO·O from a rounded result: where one weight is
+    nearly 1, dO·V − D is a small difference."""
+    image, line, position = _line(lines, blocks, BM)
+    stats_line = stats + image * 2 * pixels + line * s_line
+    q, g = _start(query, image, line, position, strides[0]), _start(grad, image, line, position, strides[3])
+    acc = tl.zeros((BM,), kind)
+    for start in range(0, length, BN):
+        other = start + tl.arange(0, BN)
+        k, v = _start(key, image, line, other, strides[1]), _start(value, image, line, other, strides[2])
+        weight = _weights(q, k, v, g, stats_line, stats_line, position, other, length, keys, values, strides, pixels, s_position, kind,
+                          False, COLUMN, BC, PRECISION)  # fmt: skip
+        acc += tl.sum(weight * _products(g, v, position, other, length, values, strides[3][1], strides[2][1], kind, BC, PRECISION), axis=1)
+    at, inside = out + image * pixels + line * s_line + position * s_position, position < length
+    if ADD:
+        acc += tl.load(at, mask=inside, other=0.0)
+    tl.store(at, acc, mask=inside)
 
 
 @triton.jit
@@ -205,6 +212,19 @@ class _Maps:
         assert last is not None  # there are two lines
         return last
 
+    def inner(self, stats: Tensor, grad: Tensor) -> Tensor:
+        """D per pixel: columns write, rows add."""
+        out = self.query.new_empty((self.batch, self.height, self.width), dtype=self.kind)
+        added = False
+        for column, lines, length, plane in self.lines():
+            meta = self.blocks(length)
+            blocks = triton.cdiv(length, meta["BM"])
+            maps = (self.query, self.key, self.value, grad)
+            launch("criss_cross.triton.inner", _inner, (self.batch * lines * blocks,), *maps, stats, out, lines, length, blocks, self.keys,
+                   self.value.shape[1], _strides(column, *maps), self.pixels, *plane, COLUMN=column, ADD=added, **meta, **self.exact)  # fmt: skip
+            added = True
+        return out
+
     def gather(self, path: str, x: Tensor, stats: Tensor, grad: Tensor | None, inner: Tensor | None, like: Tensor, own_key=False,
                gradient=False) -> Tensor:  # fmt: skip
         """Columns into a buffer of the accumulator's type, then rows; into the result itself where it has that type."""
@@ -240,11 +260,8 @@ def criss_cross_fwd(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, 
 
 def criss_cross_bwd(query, key, value, result, statistics, grad) -> tuple[Tensor, Tensor, Tensor]:
     maps, path = _Maps(query, key, value), "criss_cross.triton.backward"
-    inner = query.new_empty((maps.batch, maps.height, maps.width), dtype=maps.kind)
-    blocks = triton.cdiv(maps.pixels, 64)
-    launch("criss_cross.triton.inner", _inner, (maps.batch * blocks,), grad, result, inner, maps.height, maps.width, value.shape[1],
-           blocks, (grad.stride(), result.stride()), kind=maps.exact["kind"], BP=64, BC=power_of_2(value.shape[1], most=32))  # fmt: skip
     statistics = statistics.contiguous()
+    inner = maps.inner(statistics, grad)
     return (
         maps.gather(path, key, statistics, grad, inner, query, gradient=True),
         maps.gather(path, query, statistics, grad, inner, key, own_key=True, gradient=True),
