@@ -129,3 +129,15 @@ def test_second_derivative_is_refused(spec, backend, device):
     first = torch.autograd.grad(result, inputs, [torch.ones_like(t).requires_grad_() for t in result], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         sum(g.sum() for g in first if g.requires_grad).backward()
+    # The gradient of a plain sum, as in a penalty: a constant where the operator is linear, else refused as well.
+    first = torch.autograd.grad(
+        [t.sum() for t in flatten(spec.public(*args, **kwargs, backend=backend)) if t.requires_grad], inputs, create_graph=True
+    )
+    truth = flatten(spec.reference(*args, **kwargs))
+    curved = torch.autograd.grad([t.sum() for t in truth if t.requires_grad], inputs, create_graph=True)
+    for g, wanted in zip(first, curved, strict=True):
+        if wanted.requires_grad and any(
+            t is not None and t.any() for t in torch.autograd.grad(wanted.square().sum(), inputs, allow_unused=True, retain_graph=True)
+        ):
+            with pytest.raises(RuntimeError, match="once_differentiable"):
+                torch.autograd.grad(g.square().sum() + sum(t.square().sum() for t in inputs), inputs, retain_graph=True)

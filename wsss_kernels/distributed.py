@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import _args
+from ._once import once_differentiable
 
 
 def _gathered(tensor: Tensor, sizes: list[int], group) -> Tensor:

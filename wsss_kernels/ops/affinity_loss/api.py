@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ... import _args
 from ..._dispatch import Backend, Operator, apply
+from ..._once import once_differentiable
 from . import reference
 
 AFFINITY_LOSS_OP = Operator("affinity_loss", backends=(Backend("triton"), Backend("cpu")))
@@ -29,7 +29,7 @@ class _AffinityLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, feature, label, backend, *options):
         loss, gradient = _fwd[backend](feature, label, *options)
-        ctx.save_for_backward(gradient)
+        ctx.save_for_backward(gradient, feature)  # the feature for a refusal of second derivatives
         ctx.options = len(options)
         return loss
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ... import _args
 from ..._dispatch import Backend, Operator, apply
+from ..._once import once_differentiable
 from . import reference
 from .api import normalized
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ... import _args
 from ..._dispatch import Backend, Operator, apply
+from ..._once import once_differentiable
 from . import reference
 
 CRISS_CROSS_OP = Operator("criss_cross_attention", backends=(Backend("triton"), Backend("cpu")))

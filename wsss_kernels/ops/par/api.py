@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ... import _args, _dispatch
 from ..._dispatch import Backend, Operator, apply
+from ..._once import once_differentiable
 from . import reference
 
 PAR_OP = Operator("par", backends=(Backend("cuda"), Backend("cpu")))

@@ -6,10 +6,10 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ... import _args
 from ..._dispatch import Backend, Operator, apply
+from ..._once import once_differentiable
 from . import reference
 
 SINKHORN_OP = Operator("sinkhorn", backends=(Backend("cuda"), Backend("triton"), Backend("cpu")))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ... import _args
 from ..._dispatch import Backend, Operator, apply
+from ..._once import once_differentiable
 from . import reference
 
 WASSERSTEIN_OP = Operator("wasserstein2", backends=(Backend("triton"), Backend("cpu")))
