@@ -3,7 +3,9 @@
 import pytest
 import torch
 from conftest import backend_params
+from torch._dynamo.testing import CompileCounterWithBackend
 
+import wsss_kernels as wk
 from wsss_kernels.testing import cast, flatten, gradient_tensors, map_tensors
 
 
@@ -82,3 +84,40 @@ def test_inductor(spec, backend, device):
         compiled = flatten(torch.compile(lambda a, k: spec.public(*a, **k, backend=backend), fullgraph=True)(args, kwargs))
     for a, b in zip(plain, compiled, strict=True):
         torch.testing.assert_close(a, b, equal_nan=True)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_numbers_that_change_from_call_to_call(dynamic):
+    """An annealed temperature is a symbol after its second value; so is every number with `dynamic=True`. One tensor for several
+    arguments: Dynamo does not take that from an `autograd.Function`."""
+    x, y = torch.randn(2, 6, 4)
+    label = torch.arange(6) % 2
+
+    def function(x, y, number):
+        maps = x.view(1, 2, 3, 4)
+        losses = (
+            wk.info_nce(x, y, number),
+            wk.supervised_contrastive_loss(x, label, number),
+            wk.uncertainty_info_nce(x, x, x, y, y, y, number, lam=number),
+            wk.text_similarity(maps.movedim(-1, 1), y, number).sum(),
+        )
+        return sum(losses)
+
+    def options(x, y, number):
+        """Each value is compiled for."""
+        maps = x.view(1, 2, 3, 4)
+        attended = wk.window_attention(maps, maps, maps, num_heads=2, window_size=2, scale=number)
+        _, centroid = wk.kmeans(x[None].detach(), 2, tol=number)
+        return attended.sum() + wk.fuse_cams([maps], [number], (5, 3)).sum() + centroid.sum()
+
+    for called, compilations in ((function, 2), (options, 4)):
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(called, fullgraph=True, dynamic=dynamic, backend=counter)
+        for number in (0.1, 0.25, 0.5, 0.75):
+            live = x.clone().requires_grad_(), x.clone().requires_grad_()
+            losses = compiled(live[0], y, number), called(live[1], y, number)
+            torch.testing.assert_close(*losses)
+            gradients = [torch.autograd.grad(loss, t)[0] for loss, t in zip(losses, live, strict=True)]
+            torch.testing.assert_close(*gradients)
+        assert counter.frame_count <= compilations + 1  # Dynamo may count a graph again that it starts anew

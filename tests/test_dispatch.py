@@ -10,10 +10,12 @@ import time
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 
 import wsss_kernels as wk
-from wsss_kernels import _native, registry
+from wsss_kernels import _args, _native, registry
 from wsss_kernels._dispatch import BACKENDS, OPERATORS
+from wsss_kernels.ops.kmeans.reference import evenly_spaced
 from wsss_kernels.ops.par import api
 from wsss_kernels.testing import cast, threads
 
@@ -159,3 +161,30 @@ def test_overhead_over_the_raw_operators(spec):
     assert spent, "no kernel was started"
     allowed = OVERHEAD.get(spec.name, 30) * max(1, clone / CLONE)
     assert best < 1e3 * allowed, f"{best / 1e3:.1f} µs beside the kernels, {allowed:.0f} allowed where a clone takes {clone / 1e3:.1f} µs"
+
+
+class _Copies(TorchFunctionMode):
+    """Counts tensors that are made on the host and copied to another device."""
+
+    count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.count += func in (torch.tensor, torch.as_tensor) and not result.is_cpu
+        return result
+
+
+def test_numbers_reach_a_device_without_a_copy_from_the_host():
+    """Such a copy makes the host wait, and a CUDA graph cannot be captured over it."""
+    like = torch.empty(6, 3, device="meta")
+    with _Copies() as copies:
+        torch.tensor([1.0, 2.0], device="meta")
+    assert copies.count, "the test does not see a copy"
+    with _Copies() as copies:
+        assert _args.scalars("op", {"a": 0.5, "b": 4.0}, like).is_meta
+        assert _args.scalar("op", "a", 0.5, like).is_meta
+        assert evenly_spaced(torch.empty(2, 6, 3, device="meta"), 2).is_meta
+    assert not copies.count
+    x = torch.arange(17.0)[None, :, None]
+    for k in (1, 3, 5, 17):
+        assert evenly_spaced(x, k).flatten().tolist() == [i * 17 // k for i in range(k)]

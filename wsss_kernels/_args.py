@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 import reprlib
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ INTEGERS = (torch.int64, torch.int32, torch.uint8)
 HALVES = (torch.float16, torch.bfloat16)
 FLOATS = (torch.float32, torch.float64, *HALVES)
 _SMALLEST = torch.finfo(torch.float32).tiny
+_LARGEST = torch.finfo(torch.float64).max
 
 
 def describe(value: object) -> str:
@@ -73,7 +73,8 @@ def number(op: str, name: str, value: object, *, positive: bool = False) -> floa
     """A finite number of Python or NumPy (not NaN, not infinite); if `positive` one that float32 can hold as more than 0."""
     if isinstance(value, bool) or not isinstance(value, (float, int, numbers.Real)):
         raise TypeError(f"{op}: {name} must be a number, got {describe(value)}")
-    if not math.isfinite(value) or (positive and value < _SMALLEST):
+    # comparisons, not math.isfinite: torch.compile makes a symbol of a number that changes from call to call
+    if not -_LARGEST <= value <= _LARGEST or (positive and value < _SMALLEST):
         raise ValueError(f"{op}: {name} must be a {'positive ' if positive else ''}finite number, got {value}")
     return float(value)
 
@@ -91,8 +92,19 @@ def scalar(op: str, name: str, value: object, like: torch.Tensor, *, positive: b
     have any), and its value is not looked at, which would stop a GPU.
     """
     if not isinstance(value, torch.Tensor):
-        return torch.full((), number(op, name, value, positive=positive), dtype=torch.float64, device=like.device)
+        return held(number(op, name, value, positive=positive), like.device)
     return _learnt(op, name, value, like).double()
+
+
+def held(value: float, device: torch.device, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """A number as a tensor without dimensions, filled on its device: a copy from the host would stop a GPU.
+
+    torch.compile makes an input of a number that changes from call to call if a tensor is multiplied by it; the contents of a new
+    tensor it would compile for each value.
+    """
+    if torch.compiler.is_compiling():
+        return (torch.ones((), dtype=torch.float64, device=device) * value).to(dtype)
+    return torch.full((), value, dtype=dtype, device=device)
 
 
 def _learnt(op: str, name: str, value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -113,7 +125,9 @@ def scalars(op: str, values: dict[str, object], like: torch.Tensor, *, positive:
             return torch.stack(tensors).double()  # one conversion instead of one for each
         return torch.stack([scalar(op, name, v, like, positive=name in positive) for name, v in values.items()])
     numbers = [number(op, name, v, positive=name in positive) for name, v in values.items()]
-    return torch.tensor(numbers, dtype=torch.float64, device=like.device)
+    if like.is_cpu and not torch.compiler.is_compiling():
+        return torch.tensor(numbers, dtype=torch.float64)
+    return torch.stack([held(n, like.device) for n in numbers])
 
 
 def choice(op: str, name: str, value: object, allowed: Sequence[object]) -> None:

@@ -123,12 +123,21 @@ class _NoContext:
     mark_non_differentiable = save_for_backward
 
 
+def _distinct(args: Sequence[Any]) -> list[Any]:
+    """The arguments with an alias for every tensor that was there before: Dynamo refuses a function that is given one twice."""
+    result: list[Any] = []
+    for value in args:
+        again = isinstance(value, torch.Tensor) and any(value is other for other in result)
+        result.append(value.view_as(value) if again else value)
+    return result
+
+
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """`function.apply(*args)`; where no tensor needs a gradient its forward alone, which is several microseconds cheaper."""
     if torch.is_grad_enabled():
         for value in args:
             if isinstance(value, torch.Tensor) and value.requires_grad:
-                return function.apply(*args)
+                return function.apply(*(_distinct(args) if torch.compiler.is_compiling() else args))
     if forward_ad._current_level >= 0:  # a tangent must be refused, not lost
         return function.apply(*args)
     return function.forward(_NoContext(), *args)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 def evenly_spaced(x: Tensor, k: int) -> Tensor:
     """`Tensor[B, N, d]` → rows ⌊i·N/k⌋, `Tensor[B, k, d]`."""
-    return x.index_select(1, torch.tensor([i * x.shape[1] // k for i in range(k)], device=x.device))
+    return x.index_select(1, torch.arange(k, device=x.device) * x.shape[1] // k)
 
 
 def nearest(x: Tensor, centroid: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ def _run(op: Operator, function, plain, visual, text, scale, normalize: bool, ba
     if chosen == "reference":
         return plain(*tensors[:2], tensors[2] if learned else scale, normalize_visual=normalize)
     wide = _args.widen(chosen, *tensors)
-    factor = wide[2] if learned else wide[0].new_full((), scale, dtype=_args.accumulator(wide[0].dtype))
+    factor = wide[2] if learned else _args.held(scale, wide[0].device, _args.accumulator(wide[0].dtype))
     return _args.rounded(apply(function, *wide[:2], factor, chosen, normalize), tensors[0].dtype)
 
 
