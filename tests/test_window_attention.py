@@ -66,3 +66,17 @@ def test_malformed_module():
         wk.CrossAttentionExchange(8, 2, window_size=4, kv_reduction=2)
     with pytest.raises(ValueError, match="residual must be one of 'query', 'target', got 'key'"):
         wk.CrossAttentionExchange(8, 2, residual="key")
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "match"),
+    [
+        (wk.CrossAttentionExchange, {"dim": 7, "num_heads": 2}, "num_heads must divide dim"),
+        (wk.CrossAttentionExchange, {"dim": 8, "window_size": 0}, "window_size must be at least 1"),
+        (wk.MPFP, {"num_classes": 0}, "num_classes must be at least 1"),
+        (wk.MPFP, {"num_classes": 2, "scales": ()}, "at least one scale"),
+    ],
+)
+def test_modules_refuse_what_could_not_run(module, arguments, match):
+    with pytest.raises(ValueError, match=f"{module.__name__}: .*{match}"):
+        module(**arguments)

@@ -74,9 +74,10 @@ def number(op: str, name: str, value: object, *, positive: bool = False) -> floa
     if isinstance(value, bool) or not isinstance(value, (float, int, numbers.Real)):
         raise TypeError(f"{op}: {name} must be a number, got {describe(value)}")
     # comparisons, not math.isfinite: torch.compile makes a symbol of a number that changes from call to call
-    if not -_LARGEST <= value <= _LARGEST or (positive and value < _SMALLEST):
+    plain = value if isinstance(value, (float, int)) else float(value)
+    if not -_LARGEST <= plain <= _LARGEST or (positive and plain < _SMALLEST):
         raise ValueError(f"{op}: {name} must be a {'positive ' if positive else ''}finite number, got {value}")
-    return float(value)
+    return float(plain)
 
 
 def flag(op: str, name: str, value: object) -> bool:

@@ -46,15 +46,20 @@ class _Mpfp(torch.autograd.Function):
         return *_bwd[ctx.backend](*ctx.saved_tensors, grad_logit, grad_fused, ctx.scales), None, None
 
 
+def checked_scales(op: str, scales: Sequence[int]) -> list[int]:
+    if isinstance(scales, (int, str)) or not hasattr(scales, "__iter__"):
+        raise TypeError(f"{op}: scales must be a sequence of ints, got {_args.describe(scales)}")
+    values = [_args.integer(op, "every scale", scale, 1) for scale in scales]
+    if not values:
+        raise ValueError(f"{op}: scales must hold at least one scale, got an empty sequence")
+    return values
+
+
 def _checked(feature: Tensor, weight_pos: Tensor, weight_neg: Tensor, scales: Sequence[int]) -> list[int]:
     _args.tensor("mpfp", "feature", feature, "B×C×h×w", spatial=2)
     if feature.shape[1] == 0:
         raise ValueError(f"mpfp: feature must have at least one channel, got {_args.describe(feature)}")
-    if isinstance(scales, (int, str)) or not hasattr(scales, "__iter__"):
-        raise TypeError(f"mpfp: scales must be a sequence of ints, got {_args.describe(scales)}")
-    values = [_args.integer("mpfp", "every scale", scale, 1) for scale in scales]
-    if not values:
-        raise ValueError("mpfp: scales must hold at least one scale, got an empty sequence")
+    values = checked_scales("mpfp", scales)
     wanted = (len(values) - 1, 2, 2 * feature.shape[1], 3, 3)
     for name, weight in (("weight_pos", weight_pos), ("weight_neg", weight_neg)):
         _args.tensor("mpfp", name, weight, "(len(scales)−1)×2×2C×3×3")
@@ -110,7 +115,8 @@ class MPFP(nn.Module):
 
     def __init__(self, num_classes: int, scales: Sequence[int] = (2, 4, 8, 16)):
         super().__init__()
-        self.num_classes, self.scales = num_classes, tuple(scales)
+        _args.integer("MPFP", "num_classes", num_classes, 1)
+        self.num_classes, self.scales = num_classes, tuple(checked_scales("MPFP", scales))
         self.weight_pos = nn.Parameter(torch.empty(len(self.scales) - 1, 2, 2 * num_classes, 3, 3))
         self.weight_neg = nn.Parameter(torch.empty_like(self.weight_pos))
         self.reset_parameters()

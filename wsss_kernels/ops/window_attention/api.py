@@ -86,7 +86,7 @@ class _Exchange(torch.autograd.Function):
         return *maps, table if ctx.biased else None, None, *[None] * len(ctx.options)
 
 
-def _pair(op: str, name: str, value: object, minimum: int) -> Pair:
+def pair(op: str, name: str, value: object, minimum: int) -> Pair:
     if hasattr(value, "__index__"):
         return (_args.integer(op, name, value, minimum),) * 2
     if not isinstance(value, (tuple, list)) or len(value) != 2:
@@ -100,12 +100,12 @@ def _checked_options(op: str, channels: int, num_heads: int, window_size, shift,
     if channels == 0 or channels % heads:
         raise ValueError(f"{op}: num_heads must divide the number of channels, got {heads} heads and {channels} channels")
     scale = (channels // heads) ** -0.5 if scale is None else _args.number(op, "scale", scale)
-    moved = _pair(op, "shift", shift, 0)
+    moved = pair(op, "shift", shift, 0)
     if window_size is None:
         if bias is not None or moved != (0, 0):
             raise ValueError(f"{op}: window_size=None (global attention) takes neither bias nor shift")
         return None, moved, scale
-    window = _pair(op, "window_size", window_size, 1)
+    window = pair(op, "window_size", window_size, 1)
     if moved[0] >= window[0] or moved[1] >= window[1]:
         raise ValueError(f"{op}: shift must be smaller than window_size, got {moved} and {window}")
     if bias is not None:

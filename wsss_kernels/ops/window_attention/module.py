@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import _args
-from .api import exchange_attention
+from .api import exchange_attention, pair
 
 
 class _Block(nn.Module):
@@ -75,6 +75,10 @@ class CrossAttentionExchange(nn.Module):
         for what, value in (("dim", dim), ("num_heads", num_heads), ("kv_reduction", kv_reduction), ("mlp_ratio", mlp_ratio)):
             _args.integer(name, what, value, 1)
         _args.choice(name, "residual", residual, ("query", "target"))
+        if dim % num_heads:
+            raise ValueError(f"{name}: num_heads must divide dim, got {num_heads} and {dim}")
+        if window_size is not None:
+            pair(name, "window_size", window_size, 1)
         if kv_reduction > 1 and window_size is not None:
             raise ValueError(f"{name}: kv_reduction needs window_size=None, got {kv_reduction} and {window_size}")
         self.num_heads, self.window_size, self.residual = num_heads, window_size, residual
