@@ -29,11 +29,12 @@ inline WorkspaceUse& workspace_use() {
 }
 
 // Workspaces that this thread has given back, for its next call: memory fresh from the system costs a page fault every
-// 4 KiB, more than the work of many a call. At most 16 MiB, the oldest make room. Not under a sanitizer, which would no
-// longer see that a workspace is used after its end.
+// 4 KiB or 2 MiB, more than the work of many a call, and tens of milliseconds in a virtual machine whose host takes
+// back what the guest frees. At most 64 MiB, the oldest make room. Not under a sanitizer, which would no longer see
+// that a workspace is used after its end.
 class Spares {
  public:
-  static constexpr int64_t kLeast = 64 << 10, kMost = 4 << 20, kTotal = 16 << 20;
+  static constexpr int64_t kLeast = 64 << 10, kMost = 64 << 20, kTotal = 64 << 20;
   static Spares& mine() {
     static thread_local Spares spares;
     return spares;
@@ -58,7 +59,7 @@ class Spares {
 #ifdef __SANITIZE_ADDRESS__
     return std::free(memory);
 #endif
-    if (bytes < kLeast || bytes >= kMost) return std::free(memory);
+    if (bytes < kLeast || bytes > kMost) return std::free(memory);
     while (count_ == kBlocks || total_ + bytes > kTotal) drop(0);
     blocks_[count_++] = {memory, bytes};
     total_ += bytes;
@@ -112,14 +113,15 @@ class Buffer {
     constexpr int64_t kHuge = 2 << 20, kLine = 64;
     capacity_ = bytes_ = (count * int64_t(sizeof(T)) + kLine - 1) / kLine * kLine;
     void* memory = Spares::mine().take(capacity_);
-    if (!memory && posix_memalign(&memory, size_t(bytes_ >= 2 * kHuge ? kHuge : kLine), size_t(bytes_)))
-      throw std::bad_alloc();
-    data_ = static_cast<T*>(memory);
+    if (!memory) {
+      if (posix_memalign(&memory, size_t(bytes_ >= 2 * kHuge ? kHuge : kLine), size_t(bytes_))) throw std::bad_alloc();
 #if defined(__linux__)
-    // A workspace of many megabytes costs more in page faults than in work; huge pages take 512 times fewer. Whole ones
-    // only: the rest of the last would be memory that nobody asked for.
-    if (capacity_ >= 2 * kHuge) madvise(memory, size_t(bytes_ / kHuge * kHuge), MADV_HUGEPAGE);
+      // Huge pages take 512 times fewer faults. Whole ones only: the rest of the last would be memory that nobody asked
+      // for.
+      if (bytes_ >= 2 * kHuge) madvise(memory, size_t(bytes_ / kHuge * kHuge), MADV_HUGEPAGE);
 #endif
+    }
+    data_ = static_cast<T*>(memory);
     const char* poison = std::getenv("WSSS_POISON");
     if (poison && *poison == '1') std::memset(static_cast<void*>(data_), 0xff, size_t(bytes_));
     count_ = count;

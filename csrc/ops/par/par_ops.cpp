@@ -182,19 +182,37 @@ class Refinement {
       T* const inside = planes.data() + s_.left;
       read(mask_, b, first, count, 0, s_.height, inside, s_.stride, [&](T* row, int64_t) { pad(row); });
       if (call_.options.num_iter == 0) return write(inside, s_.stride, count * s_.stride, b, first, count);
+      // A row of the result returns to the planes once nobody needs the old one: while it is in the cache where only
+      // this thread needed it, after all threads where a neighbour does.
+      const int64_t reach = *std::max_element(dy_.begin(), dy_.end());
+      std::vector<char> returned(s_.height);
+      const auto give_back = [&](int64_t y) {
+        for (int64_t c = 0; c < count; ++c) {
+          T* row = inside + (y * count + c) * s_.stride;
+          std::copy_n(to + c * plane + y * s_.width, s_.width, row);
+          pad(row);
+        }
+        returned[y] = 1;
+      };
       for (int64_t t = 0; t < call_.options.num_iter; ++t) {
-        if (t > 0)
-          parallel_for(0, s_.height, kRows, [&](int64_t begin, int64_t end) {
-            for (int64_t r = begin * count; r < end * count; ++r) {
-              std::copy_n(to + r % count * plane + r / count * s_.width, s_.width, inside + r * s_.stride);
-              pad(inside + r * s_.stride);
-            }
-          });
+        const bool last = t + 1 == call_.options.num_iter;
+        std::fill(returned.begin(), returned.end(), char(0));
         parallel_for(0, s_.height, kRows, [&](int64_t begin, int64_t end) {
           Buffer<int64_t> offsets(s_.neighbours);
-          kernels_.iterate[count - 1](s_, planes.data(), weights_.data(), correction_.data(), to, offsets.data(), begin,
-                                      end);
+          int64_t next = begin == 0 ? 0 : begin + reach;
+          for (int64_t y = begin; y < end; ++y) {
+            kernels_.iterate[count - 1](s_, planes.data(), weights_.data(), correction_.data(), to, offsets.data(), y,
+                                        y + 1);
+            if (!last && next + reach <= y) give_back(next++);
+          }
+          if (!last && end == s_.height)
+            for (; next < end; ++next) give_back(next);
         });
+        if (!last)
+          parallel_for(0, s_.height, kRows, [&](int64_t begin, int64_t end) {
+            for (int64_t y = begin; y < end; ++y)
+              if (!returned[y]) give_back(y);
+          });
       }
       if (!direct) write(to, plane, s_.width, b, first, count);
     });
