@@ -119,13 +119,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("method")
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--config", type=Path)
+    parser.add_argument("--config", type=Path, help="as for `wsss run`; for a finished run its own RUN/config.yaml")
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--out", type=Path, required=True, help="a run, new or finished")
     parser.add_argument("--steps", type=int, default=20)
     args = parser.parse_args(argv)
-    method = find(args.method)
-    context = runs.open_run(method, configs.load(method.config, args.config, args.set), args.data, args.out)
+    try:
+        method = find(args.method)
+        context = runs.open_run(method, configs.load(method.config, args.config, args.set), args.data, args.out)
+    except (UsageError, InputError) as error:
+        print(error, file=sys.stderr)
+        return 2
     for stage in method.stages(context.config):
         if stage.kind not in ("train", "segment"):
             continue

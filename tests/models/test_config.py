@@ -76,6 +76,8 @@ def test_files(tmp_path, monkeypatch):
         (tmp_path / "bad.yaml").write_text(text)
         with pytest.raises(UsageError, match=message):
             config.load(Example, tmp_path / "bad.yaml")
+    (tmp_path / "run.yaml").write_text("{method: gland, data: /data, config: {seed: 3}}")
+    assert config.load(Example, tmp_path / "run.yaml") == Example(seed=3)
     (tmp_path / "empty.yaml").write_text("")
     assert config.load(Example, tmp_path / "empty.yaml") == Example()
 

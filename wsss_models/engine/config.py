@@ -47,7 +47,7 @@ class RunConfig:
 
 
 def load(cls: type, file: str | Path | None = None, overrides: Sequence[str] = ()) -> Any:
-    """The configuration: defaults, then the YAML file, then `key=value` texts whose key may be dotted.
+    """The configuration: defaults, then the YAML file (a run's `config.yaml` too), then `key=value` texts whose key may be dotted.
 
     Raises:
         UsageError: no such file, bad YAML, an unknown key (the nearest is named), a value of the wrong type.
@@ -107,6 +107,8 @@ def _read(file: str | Path) -> dict[str, Any]:
         raise UsageError(f"--config {path}: cannot be read ({error})") from None
     if tree is None:
         return {}
+    if isinstance(tree, dict) and set(tree) == {"method", "data", "config"}:  # what a run leaves
+        tree = tree["config"]
     if not isinstance(tree, dict):
         raise UsageError(f"--config {path}: expected keys with values, got {type(tree).__name__}")
     return tree
