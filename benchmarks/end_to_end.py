@@ -2,8 +2,8 @@
 
     python benchmarks/end_to_end.py gland --data GLAS --config configs/gland_small.yaml --out RUN
 
-For each training stage whose turn has come in RUN: both backends start from the same weights and see the same batches. Leaves
-`RUN/end_to_end/<stage>.csv`, `<stage>.json` and `<stage>.png` (both loss curves side by side).
+For each training stage whose turn has come in RUN: both backends start from the same weights, see the same batches and take turns.
+Leaves `RUN/end_to_end/<stage>.csv`, `<stage>.json` and `<stage>.png` (both loss curves side by side).
 """
 
 from __future__ import annotations
@@ -76,20 +76,29 @@ def share_of_operators(step: Steps) -> float:
     return sum(t for key, t in times if key.startswith("wsss::")) / total if total else 0.0
 
 
-def measure(context: Context, stage: Stage, backend: str | None, steps: int) -> dict[str, Any]:
-    """Loss and seconds of each step; peak bytes and share of one further step each."""
-    with wk.use_backend(backend):
-        step, losses, seconds = Steps(context, stage, steps + 2), [], []
-        for _ in range(steps):
-            _synchronize()
-            started = time.perf_counter()
-            losses.append(step())
-            _synchronize()
-            seconds.append(time.perf_counter() - started)
-        peak, _ = peak_memory(step)
-        share = share_of_operators(step)
-    timed = seconds[_WARM_UP:] or seconds
-    return {"losses": losses, "seconds": seconds, "median_seconds": statistics.median(timed), "peak_bytes": peak, "operator_share": share}
+def measure(context: Context, stage: Stage, steps: int) -> dict[str, dict[str, Any]]:
+    """Of each backend loss and seconds of each step, peak bytes and share of one further step each. The backends take turns, step
+    by step, so that a neighbour on the machine disturbs both."""
+    runners: dict[str, Steps] = {}
+    found: dict[str, dict[str, Any]] = {}
+    for name, backend in BACKENDS.items():
+        with wk.use_backend(backend):
+            runners[name], found[name] = Steps(context, stage, steps + 2), {"losses": [], "seconds": []}
+    for _ in range(steps):
+        for name, backend in BACKENDS.items():
+            with wk.use_backend(backend):
+                _synchronize()
+                started = time.perf_counter()
+                found[name]["losses"].append(runners[name]())
+                _synchronize()
+                found[name]["seconds"].append(time.perf_counter() - started)
+    for name, backend in BACKENDS.items():
+        values = found[name]
+        values["median_seconds"] = statistics.median(values["seconds"][_WARM_UP:] or values["seconds"])
+        with wk.use_backend(backend):
+            values["peak_bytes"], _ = peak_memory(runners[name])
+            values["operator_share"] = share_of_operators(runners[name])
+    return found
 
 
 def _write(folder: Path, name: str, found: dict[str, dict[str, Any]], about: dict[str, Any]) -> None:
@@ -136,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             if not isinstance(runs.build(context, stage), Training):
                 continue
-            found = {name: measure(context, stage, backend, args.steps) for name, backend in BACKENDS.items()}
+            found = measure(context, stage, args.steps)
         except (UsageError, InputError) as error:
             print(f"{stage.name}: left out ({error})")
             continue
