@@ -75,7 +75,7 @@ def ratio_table(cases: Sequence[list[Row]]) -> str:
         "× best",
         "× eager",
     ]
-    titles += ["target", "MiB ours", "MiB best", "GB/s", "GFLOP/s", "roofline", "error / allowed", "kernels", "commit"]
+    titles += ["target", "MiB ours", "MiB best", "GB/s", "GFLOP/s", "roofline", "error / allowed", "cores to others", "kernels", "commit"]
     lines = []
     for rows in cases:
         name = "".join(f"<td>{html.escape(t)}</td>" for t in (rows[0].op, rows[0].case, rows[0].dtype, rows[0].mode))
@@ -100,6 +100,7 @@ def ratio_table(cases: Sequence[list[Row]]) -> str:
             _figure(ours.gflops),
             _figure(100 * ours.roofline, " %") if ours.roofline is not None else "",
             _figure(ours.error_ratio),
+            _figure(100 * ours.others, " %") if ours.others is not None else "",
             ours.kernels,
             html.escape(ours.commit),
         ]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import re
 import subprocess
 import sys
@@ -50,6 +51,19 @@ def test_modes(mode):
     assert [r.provider for r in rows] == ["ours", "eager"] and all(r.gate == "green" and r.mode == mode for r in rows)
     assert rows[0].p20_ms <= rows[0].p50_ms <= rows[0].p80_ms and rows[0].ratio == 1 and rows[0].clock_mhz != 0
     assert (rows[0].roofline is not None) == (mode == "forward" and spec.bytes_moved is not None)
+
+
+def test_what_others_took_of_the_machine_is_told():
+    assert "other processes took 69 %" in bench.text([row(others=0.69)])
+    assert "disturbed" not in bench.text([row(others=0.02)]) + bench.text([row(others=None)])
+    spec, case = case_of("normalize_cam")
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        found = measure(spec, case, seconds=0.5)[0].others
+    finally:
+        busy.kill()
+        busy.wait()
+    assert found is None or 0.5 / (os.cpu_count() or 1) < found <= 1
 
 
 def test_a_wrong_baseline_prints_no_figure(monkeypatch):

@@ -49,6 +49,17 @@ def kernel_hash(folder: str, root: Path = PACKAGE.parent) -> str:
     return digest.hexdigest()[:12]
 
 
+def cpu_seconds() -> tuple[float, float] | None:
+    """Seconds that the cores have worked for anybody (what a hypervisor took included), and for this process; Linux only."""
+    try:
+        user, nice, system, _, _, *rest = (int(x) for x in Path("/proc/stat").read_text().splitlines()[0].split()[1:9])
+        busy = (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError):
+        return None
+    own = os.times()
+    return busy, own.user + own.system + own.children_user + own.children_system
+
+
 def clock_mhz() -> float | None:
     """Of the processor now: the mean over the CPU's cores, or the GPU's."""
     try:

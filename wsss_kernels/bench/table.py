@@ -90,4 +90,6 @@ def text(rows: list[Row]) -> str:
         lines.append(
             f"{row.op:<26} {row.case:<28} {row.mode:<17} {row.provider:<15} {spread:<38} {row.peak_mib:9.1f} MiB  {row.ratio:7.1f}x{verdict}"
         )
+    if rows[0].others is not None and rows[0].others > 0.1:
+        lines.append(f"{'':<26} disturbed: other processes took {100 * rows[0].others:.0f} % of the cores meanwhile")
     return "\n".join(lines)

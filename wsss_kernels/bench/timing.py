@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import functools
 import importlib
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 
 from .._spec import Case, OpSpec
 from ..testing import assert_matches_truth, cast, flatten, gradient_tensors, peak_memory
-from .about import clock_mhz, commit, kernel_hash, machine
+from .about import clock_mhz, commit, cpu_seconds, kernel_hash, machine
 
 MODES = ("forward", "forward+backward", "backward")
 
@@ -33,6 +34,7 @@ class Row:
         peak_gbps, peak_gflops: those two measured rates.
         compile_s: the first call of a compiled baseline in seconds, which is where it compiles.
         sweep, size: the variable of a sweep and its value.
+        others: share of all cores that other processes took meanwhile; beyond a few per cent the times are theirs as well.
     """
 
     op: str
@@ -64,6 +66,7 @@ class Row:
     commit: str
     kernels: str
     date: str
+    others: float | None = None
 
 
 @functools.cache
@@ -357,7 +360,11 @@ def measure(
     except AssertionError as error:
         return [_empty(shared, "ours", f"red: {error}")]
     peaks_mib = {name: peak_memory(call)[0] / 2**20 for name, call in calls.items()}
+    before, start = cpu_seconds(), time.perf_counter()
     times = {name: torch.tensor(t) for name, t in alternate(calls, seconds).items()}
+    after, cores = cpu_seconds(), (time.perf_counter() - start) * (os.cpu_count() or 1)
+    if before and after:
+        shared["others"] = max(0.0, (after[0] - before[0]) - (after[1] - before[1])) / cores
     ours = float(times["ours"].median())
     rows = []
     for name, t in times.items():
