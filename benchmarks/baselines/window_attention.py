@@ -17,7 +17,7 @@ def _reverse(x, window, b, h, w):
 
 
 def _shift_mask(h, w, window, shift, like):
-    regions = torch.zeros(1, h, w, 1)
+    regions = torch.zeros(1, h, w, 1, device=like.device)
     count = 0
     for rows in (slice(0, -window), slice(-window, -shift), slice(-shift, None)):
         for columns in (slice(0, -window), slice(-window, -shift), slice(-shift, None)):
@@ -27,8 +27,9 @@ def _shift_mask(h, w, window, shift, like):
     return torch.zeros(len(regions), window**2, window**2, device=like.device).masked_fill(regions[:, None] != regions[:, :, None], -100.0)
 
 
-def _relative_position(window):
-    grid = torch.stack(torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")).flatten(1)
+def _relative_position(window, device):
+    side = torch.arange(window, device=device)
+    grid = torch.stack(torch.meshgrid(side, side, indexing="ij")).flatten(1)
     offset = (grid[:, :, None] - grid[:, None]) + window - 1
     return offset[0] * (2 * window - 1) + offset[1]
 
@@ -38,7 +39,7 @@ def _windows(query, key, value, num_heads, window_size, shift, bias, attend):
     pad_h, pad_w = -h % window_size, -w % window_size
     maps = [torch.roll(F.pad(t, (0, 0, 0, pad_w, 0, pad_h)), (-shift, -shift), (1, 2)) for t in (query, key, value)]
     q, k, v = (_partition(t, window_size).view(-1, window_size**2, num_heads, c // num_heads).transpose(1, 2) for t in maps)
-    added = bias[_relative_position(window_size).flatten()].view(window_size**2, window_size**2, -1).permute(2, 0, 1)[None]
+    added = bias[_relative_position(window_size, query.device).flatten()].view(window_size**2, window_size**2, -1).permute(2, 0, 1)[None]
     if shift:
         mask = _shift_mask(h + pad_h, w + pad_w, window_size, shift, query)
         added = (added + mask[:, None]).repeat(b, 1, 1, 1)
