@@ -31,8 +31,13 @@ def machine() -> str:
 
 @functools.cache
 def commit() -> str:
-    answer = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=PACKAGE, capture_output=True, text=True)
-    return answer.stdout.strip() if answer.returncode == 0 else "installed"
+    """Of the clone; `installed` where no repository tracks the package, whatever repository lies around it."""
+    try:
+        tracked = subprocess.run(["git", "ls-files", "--error-unmatch", "_spec.py"], cwd=PACKAGE, capture_output=True)
+        answer = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=PACKAGE, capture_output=True, text=True)
+    except OSError:  # no git
+        return "installed"
+    return answer.stdout.strip() if tracked.returncode == answer.returncode == 0 else "installed"
 
 
 def kernel_hash(folder: str, root: Path = PACKAGE.parent) -> str:

@@ -23,7 +23,7 @@ def append(rows: Iterable[Row], path: Path) -> None:
     """Adds rows to the machine's CSV; what was measured keeps four significant digits, sizes keep all.
 
     Raises:
-        ValueError: the file has other columns.
+        ValueError: the file has other columns, or ends within a row.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     names = [f.name for f in fields(Row)]
@@ -32,6 +32,8 @@ def append(rows: Iterable[Row], path: Path) -> None:
         with path.open(newline="") as file:
             if next(csv.reader(file), []) != names:
                 raise ValueError(f"{path} has the columns of another version; move it away, or name another file")
+        if not path.read_bytes().endswith(b"\n"):
+            raise ValueError(f"{path} ends within a row; remove its last line")
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, names, lineterminator="\n")
         if fresh:
@@ -46,11 +48,18 @@ def append(rows: Iterable[Row], path: Path) -> None:
 
 
 def read(path: Path) -> list[Row]:
-    """The newest rows of every case and mode, in the order of the file."""
+    """The newest rows of every case and mode, in the order of the file.
+
+    Raises:
+        ValueError: a row is not complete.
+    """
     hints = typing.get_type_hints(Row)
     newest: dict[tuple, list[Row]] = {}
     with path.open(newline="") as file:
-        for raw in csv.DictReader(file):
+        reader = csv.DictReader(file)
+        for raw in reader:
+            if missing := [name for name in hints if raw.get(name) is None]:
+                raise ValueError(f"line {reader.line_num}: no {missing[0]}")
             row = Row(**{name: _value(raw[name], hints[name]) for name in hints})
             key = (row.op, row.case, row.mode, row.sweep)
             if row.provider == "ours":

@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import functools
 import importlib
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -88,7 +89,9 @@ def baselines(spec: OpSpec, case: Case) -> dict[str, Callable]:
     """The functions to compare with, the eager original first."""
     try:
         module = importlib.import_module(f"benchmarks.baselines.{spec.folder}")
-    except ImportError:
+    except ImportError as error:
+        if not (error.name or "").startswith("benchmarks"):
+            print(f"{spec.name}: the plain reference stands in for the baselines: {error}", file=sys.stderr)
         return {"reference": spec.reference}
     return {name: getattr(module, name) for name in case.baselines or spec.baselines} or {"reference": spec.reference}
 
@@ -218,6 +221,16 @@ class Gate:
                 bound = 1e-3 * float(wanted.abs().max()) if wanted.is_floating_point() and wanted.numel() else 0.0
                 assert_matches_truth(actual, wanted, reference, torch.float32, bound=bound, what=name)
         return worst
+
+
+def gate(spec: OpSpec, case: Case) -> str:
+    """`green`, or why ours has no figure here."""
+    args, kwargs = cast(case.make(), torch.float32, "cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        Gate(spec, case, case_mode(case)).check("ours", _call(spec, spec.public, args, kwargs, case_mode(case))())
+    except AssertionError as error:
+        return f"red: {error}"
+    return "green"
 
 
 def _synchronize() -> None:
@@ -360,6 +373,10 @@ def measure(
             (left_out if why else calls)[label] = why or call
     except AssertionError as error:
         return [_empty(shared, "ours", f"red: {error}")]
+    except Exception as error:  # ours or the reference; a baseline has said so itself
+        if not out_of_memory(error):
+            raise
+        return [_empty(shared, "ours", f"not run: out of memory: {_first_line(error)}")]
     peaks_mib = {name: peak_memory(call)[0] / 2**20 for name, call in calls.items()}
     times = {name: torch.tensor(t) for name, t in alternate(calls, seconds).items()}
     ours = float(times["ours"].quantile(0.5))
