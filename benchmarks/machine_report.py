@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import training_steps  # noqa: E402  (the clone must come first on the path)
 from wsss_kernels import registry  # noqa: E402
-from wsss_kernels.bench import Row, exponent, headline, read  # noqa: E402
+from wsss_kernels.bench import Row, exponent, headline, reached, read  # noqa: E402
 from wsss_kernels.bench.sweep import slower_at  # noqa: E402
 
 _STYLE = """
@@ -33,6 +33,7 @@ table { border-collapse: collapse; font-size: 13px } td, th { padding: .2rem .6r
 td:first-child, th:first-child, td:nth-child(2), th:nth-child(2) { text-align: left } .red { color: #b00020; text-align: left }
 img { max-width: 100% } .wide { overflow-x: auto }
 """
+_VERDICT = {True: " reached", False: " <b class=red>missed</b>"}
 _README = ("par", "affinity_random_walk", "supervised_contrastive_loss", "uncertainty_info_nce", "criss_cross_attention", "kmeans")
 
 
@@ -79,7 +80,17 @@ def ratio_table(cases: Sequence[list[Row]]) -> str:
         "× best",
         "× eager",
     ]
-    titles += ["target", "MiB ours", "MiB best", "GB/s", "GFLOP/s", "roofline", "error / allowed", "kernels", "commit"]
+    titles += [
+        "target over the first baseline",
+        "MiB ours",
+        "MiB best",
+        "GB/s",
+        "GFLOP/s",
+        "roofline",
+        "error / allowed",
+        "kernels",
+        "commit",
+    ]
     lines = []
     for rows in cases:
         name = "".join(f"<td>{html.escape(t)}</td>" for t in (rows[0].op, rows[0].case, rows[0].dtype, rows[0].mode))
@@ -97,7 +108,7 @@ def ratio_table(cases: Sequence[list[Row]]) -> str:
             f"{ours.p20_ms:.3g} / {ours.p50_ms:.3g} / {ours.p80_ms:.3g}",
             _figure(best.ratio) if best else "",
             _figure(eager.ratio) if eager else "",
-            _figure(ours.target),
+            _figure(ours.target) + _VERDICT[judged[1]] if (judged := reached(rows)) else _figure(ours.target),
             _figure(ours.peak_mib),
             _figure(best.peak_mib) if best else "",
             _figure(ours.gbps),

@@ -140,6 +140,18 @@ def test_a_csv_that_ends_within_a_row(tmp_path, capsys):
     assert "line 3: no " in capsys.readouterr().err
 
 
+def test_a_target_is_judged_by_the_first_baseline():
+    shared = {"case": "320_c2_i10", "target": 45.0}
+    rows = [row(**shared), row(**shared, provider="pad_and_slice", ratio=20.0)]
+    assert bench.reached(rows) is None and "target" not in bench.text(rows) and "missed" not in machine_report.ratio_table([rows])
+    assert bench.reached([rows[0], row(**shared, provider="reference", ratio=99.0)]) is None
+    rows.insert(1, row(**shared, provider="eager", ratio=44.0))
+    assert "target 45x MISSED" in bench.text(rows).splitlines()[1] and bench.text(rows).count("target") == 1
+    assert "<td>45 <b class=red>missed</b></td>" in machine_report.ratio_table([rows])
+    rows[1] = row(**shared, provider="eager", ratio=46.0)
+    assert "target 45x reached" in bench.text(rows) and "<td>45 reached</td>" in machine_report.ratio_table([rows])
+
+
 def test_report_of_what_is_no_csv(tmp_path, capsys):
     (tmp_path / "a.csv").write_text("x,y\n1,2\n")
     (tmp_path / "empty.csv").write_text("")
