@@ -175,3 +175,24 @@ def test_comparison_needs_a_clone(monkeypatch):
     monkeypatch.setattr(about, "commit", lambda: "installed")
     with pytest.raises(ValueError, match="needs a clone of the repository, and git"), compare.checkout("HEAD"):
         pass
+
+
+def test_the_hash_follows_kernels_that_are_taken_from_another_operator(tmp_path):
+    for name, text in {
+        "csrc/ops/walk/walk.h": '#include "ops/scale/scaling.h"\n',
+        "csrc/ops/scale/scaling.h": "1",
+        "wsss_kernels/ops/walk/triton_impl.py": "from ... import _args\nfrom ..map.triton_impl import tile\n",
+        "wsss_kernels/ops/map/triton_impl.py": "1",
+        "wsss_kernels/ops/walk/reference.py": "from ..loss.reference import unit\n",
+        "wsss_kernels/ops/loss/triton_impl.py": "1",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    hashes = [about.kernel_hash("walk", tmp_path)]
+    for name in ("csrc/ops/scale/scaling.h", "wsss_kernels/ops/map/triton_impl.py", "wsss_kernels/ops/loss/triton_impl.py"):
+        (tmp_path / name).write_text("2")
+        hashes.append(about.kernel_hash("walk", tmp_path))
+    assert len(set(hashes[:3])) == 3 and hashes[3] == hashes[2]
+    assert about._with_others("random_walk", about.PACKAGE.parent)[0] == "random_walk"
+    if (about.PACKAGE.parent / "csrc").exists():
+        assert {"affinity", "sinkhorn"} < set(about._with_others("random_walk", about.PACKAGE.parent))
