@@ -116,6 +116,7 @@ def test_the_reference_backend_has_no_share_that_nobody_measured():
     axis = training_steps.chart(pyplot, [("gland network", {"fused": step, "reference": {**step, "operator_share": 0.0}})]).axes[0]
     labels = [text.get_text() for text in axis.get_legend().get_texts()]
     assert labels == ["whole step with the reference backend", "operators of wsss_kernels", "everything else"]
+    assert [t.get_text() for t in axis.texts] == [" reference: 200 ms, 1 MiB", " fused: 200 ms (operators 50 %), 1 MiB"]
     assert [list(line.get_xdata()) for line in axis.lines] == [[200.0, 300.0]] * 2
     pyplot.close("all")
 
