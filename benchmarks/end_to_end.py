@@ -133,6 +133,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="a run, new or finished")
     parser.add_argument("--steps", type=int, default=20)
     args = parser.parse_args(argv)
+    if args.steps < 1:
+        parser.error("--steps must be at least 1")
     try:
         method = find(args.method)
         context = runs.open_run(method, configs.load(method.config, args.config, args.set), args.data, args.out)

@@ -13,7 +13,6 @@ import argparse
 import base64
 import html
 import io
-import json
 import math
 import sys
 from collections.abc import Iterable, Sequence
@@ -22,8 +21,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from wsss_kernels import registry  # noqa: E402  (the clone must come first on the path)
-from wsss_kernels.bench import Row, exponent, headline, read  # noqa: E402
+from benchmarks import training_steps  # noqa: E402  (the clone must come first on the path)
+from wsss_kernels import registry  # noqa: E402
+from wsss_kernels.bench import Row, exponent, headline, reached, read  # noqa: E402
 from wsss_kernels.bench.sweep import slower_at  # noqa: E402
 
 _STYLE = """
@@ -33,6 +33,7 @@ table { border-collapse: collapse; font-size: 13px } td, th { padding: .2rem .6r
 td:first-child, th:first-child, td:nth-child(2), th:nth-child(2) { text-align: left } .red { color: #b00020; text-align: left }
 img { max-width: 100% } .wide { overflow-x: auto }
 """
+_VERDICT = {True: " reached", False: " <b class=red>missed</b>"}
 _README = ("par", "affinity_random_walk", "supervised_contrastive_loss", "uncertainty_info_nce", "criss_cross_attention", "kmeans")
 
 
@@ -47,6 +48,10 @@ def groups(rows: Iterable[Row], *, sweep: bool) -> list[list[Row]]:
 
 def _green(rows: Sequence[Row]) -> bool:
     return bool(rows) and rows[0].provider == "ours" and rows[0].gate == "green"
+
+
+def _compared(rows: Iterable[Row]) -> bool:
+    return any(row.provider != "ours" and row.gate == "green" for row in rows)
 
 
 def _table(titles: Sequence[str], lines: Iterable[str]) -> str:
@@ -75,7 +80,18 @@ def ratio_table(cases: Sequence[list[Row]]) -> str:
         "× best",
         "× eager",
     ]
-    titles += ["target", "MiB ours", "MiB best", "GB/s", "GFLOP/s", "roofline", "error / allowed", "cores to others", "kernels", "commit"]
+    titles += [
+        "target over the first baseline",
+        "MiB ours",
+        "MiB best",
+        "GB/s",
+        "GFLOP/s",
+        "roofline",
+        "error / allowed",
+        "cores to others",
+        "kernels",
+        "commit",
+    ]
     lines = []
     for rows in cases:
         name = "".join(f"<td>{html.escape(t)}</td>" for t in (rows[0].op, rows[0].case, rows[0].dtype, rows[0].mode))
@@ -93,7 +109,7 @@ def ratio_table(cases: Sequence[list[Row]]) -> str:
             f"{ours.p20_ms:.3g} / {ours.p50_ms:.3g} / {ours.p80_ms:.3g}",
             _figure(best.ratio) if best else "",
             _figure(eager.ratio) if eager else "",
-            _figure(ours.target),
+            _figure(ours.target) + _VERDICT[judged[1]] if (judged := reached(rows)) else _figure(ours.target),
             _figure(ours.peak_mib),
             _figure(best.peak_mib) if best else "",
             _figure(ours.gbps),
@@ -113,6 +129,19 @@ def reasons(rows: Iterable[Row]) -> str:
     without = [row for row in rows if row.gate != "green"]
     lines = ["".join(f"<td>{html.escape(t)}</td>" for t in (r.op, r.case, r.mode, r.provider, r.gate)) for r in without]
     return "<h2>What has no figure, and why</h2>" + _table(["operator", "case", "mode", "provider", "reason"], lines) if lines else ""
+
+
+def not_measured(rows: Sequence[Row]) -> str:
+    """A sentence that names the cases and sizes of the specs that have no row, so that nobody takes the report for whole."""
+    found = {(r.op, r.case, r.sweep) for r in rows}
+    lacking = {spec.name: [case.name for case in spec.cases if (spec.name, case.name, "") not in found] for spec in registry.specs()}
+    for spec in registry.specs():
+        for s in spec.sweeps:
+            lacking[spec.name] += [
+                f"{s.variable} = {size:g}" for size, case in s.cases.items() if (spec.name, case.name, s.variable) not in found
+            ]
+    parts = [f"{op} ({', '.join(names)})" if op in {r.op for r in rows} else op for op, names in lacking.items() if names]
+    return f"<p>Not measured, as a time limit or a choice of operators left it out: {html.escape('; '.join(parts))}.</p>" if parts else ""
 
 
 def sweep_table(sweeps: Sequence[list[Row]]) -> str:
@@ -137,7 +166,7 @@ def sweep_table(sweeps: Sequence[list[Row]]) -> str:
             _figure(expected.get((rows[0].op, rows[0].sweep))),
             _figure(exponent(rows)),
             _figure(exponent(rows, first)),
-            ", ".join(f"{s:g}" for s in slower_at(rows)) or "none of these",
+            ", ".join(f"{s:g}" for s in slower_at(rows)) or ("none of these" if _compared(rows) else "no baseline was run"),
         ]
         name = f"<td>{html.escape(rows[0].op)}</td><td>{html.escape(rows[0].sweep)}</td><td>{rows[0].mode}</td>"
         lines.append(f"{name}{''.join(f'<td>{c}</td>' for c in cells)}")
@@ -234,32 +263,6 @@ def _roofline(pyplot, cases: Sequence[list[Row]]):
     return figure
 
 
-def _end_to_end(pyplot, found: Sequence[tuple[str, dict]]):
-    """A pair of stacked bars per training stage: the operators' share of a step, and the rest."""
-    if not found:
-        return None
-    figure, axis = pyplot.subplots(figsize=(8, 0.55 * len(found) + 1.2))
-    for y, (_, record) in enumerate(found):
-        for shift, backend in ((0.2, "reference"), (-0.2, "fused")):
-            step = record[backend]
-            operators = 1000 * step["median_seconds"] * step["operator_share"]
-            rest = 1000 * step["median_seconds"] - operators
-            axis.barh(y + shift, operators, 0.36, color="#0b6e4f", label="operators of wsss_kernels" if not y and shift < 0 else None)
-            axis.barh(y + shift, rest, 0.36, left=operators, color="#bbbbbb", label="everything else" if not y and shift < 0 else None)
-            axis.text(
-                operators + rest,
-                y + shift,
-                f" {backend}: {operators + rest:.3g} ms, {step['peak_bytes'] / 2**20:.3g} MiB",
-                va="center",
-                fontsize=7,
-            )
-    axis.set_yticks(range(len(found)), [name for name, _ in found], fontsize=8)
-    axis.set(xlabel="milliseconds of a training step")
-    axis.margins(x=0.3)
-    axis.legend(fontsize=7)
-    return figure
-
-
 def _embed(figure, path: Path) -> str:
     figure.tight_layout()
     buffer = io.BytesIO()
@@ -267,17 +270,6 @@ def _embed(figure, path: Path) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(buffer.getvalue())
     return f'<img alt="{path.stem}" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
-
-
-def read_end_to_end(folders: Sequence[Path]) -> list[tuple[str, dict]]:
-    """(method and stage, what `benchmarks/end_to_end.py` measured) of every `.json` in the folders."""
-    found = []
-    for folder in folders:
-        for path in sorted(folder.rglob("*.json")):
-            record = json.loads(path.read_text(encoding="utf-8"))
-            if {"fused", "reference"} <= set(record):
-                found.append((f"{record['method']} {path.stem}" if "method" in record else path.stem, record))
-    return found
 
 
 def write_images(rows: Sequence[Row], folder: Path) -> None:
@@ -314,7 +306,7 @@ def write(rows: Sequence[Row], steps: Sequence[tuple[str, dict]], out: Path, nam
         "time": _curves(pyplot, swept, "time"),
         "memory": _curves(pyplot, swept, "memory"),
         "roofline": _roofline(pyplot, green),
-        "end_to_end": _end_to_end(pyplot, steps),
+        "end_to_end": training_steps.chart(pyplot, steps),
     }
     pictures = {key: _embed(figure, out / name / f"{key}.png") for key, figure in figures.items() if figure is not None}
     pyplot.close("all")
@@ -332,7 +324,7 @@ def write(rows: Sequence[Row], steps: Sequence[tuple[str, dict]], out: Path, nam
         pictures.get("ratios", ""),
         ratio_table(cases),
         "<h2>Scaling</h2><p>time ∝ size<sup>p</sup>, fitted over the upper half of the sizes: below the "
-        "expected exponent where fixed costs still weigh, above it where the data outgrows a cache.</p>"
+        "expected exponent where fixed costs still weigh, above it where the data outgrows a cache. Baselines are not compiled here.</p>"
         if sweeps
         else "",
         sweep_table(sweeps) if sweeps else "",
@@ -346,7 +338,9 @@ def write(rows: Sequence[Row], steps: Sequence[tuple[str, dict]], out: Path, nam
         pictures.get("roofline", ""),
         "<h2>Whole training steps</h2>" if steps else "",
         pictures.get("end_to_end", ""),
+        training_steps.NOTE if steps else "",
         reasons(rows),
+        not_measured(rows),
     ]
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{name}.html"
@@ -364,7 +358,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="also bench_time.png and bench_memory.png, for the README")
     options = parser.parse_args(argv)
     if options.csv.is_dir():
-        options.csv = max(options.csv.glob("*.csv"), key=lambda p: p.stat().st_mtime, default=options.csv / "nothing.csv")
+        options.csv = max(options.csv.glob("*.csv"), key=lambda p: p.stat().st_mtime, default=options.csv / "*.csv")
     try:
         rows = read(options.csv)
     except FileNotFoundError:
@@ -374,11 +368,13 @@ def main(argv: list[str] | None = None) -> int:
     if not rows:
         parser.error(f"{options.csv}: holds no rows")
     try:
-        path = write(rows, read_end_to_end([f for f in options.end_to_end if f.is_dir()]), options.out, options.csv.stem)
+        path = write(rows, training_steps.read([f for f in options.end_to_end if f.is_dir()]), options.out, options.csv.stem)
         if options.images:
             write_images(rows, options.images)
     except ImportError:
         parser.error("the pictures need matplotlib. Run: pip install matplotlib")
+    except OSError as error:
+        parser.error(f"the report cannot be written: {error}")
     print(f"written to {path} and {path.with_suffix('')}")
     return 0
 

@@ -86,7 +86,15 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return int(not current)
-    fresh = operator_table(latest(options.csv)) if options.csv else _with_figures(operator_table({}), _figures(table))
+    measured = {}
+    if options.csv:
+        try:
+            measured = latest(options.csv)
+        except (OSError, KeyError, ValueError, TypeError) as error:
+            parser.error(f"{options.csv}: is not a CSV of `make bench` ({error})")
+        if not measured:
+            parser.error(f"{options.csv}: holds no rows")
+    fresh = operator_table(measured) if options.csv else _with_figures(operator_table({}), _figures(table))
     readme.write_text(f"{before}{BEGIN}\n{fresh}\n{END}{after}")
     return 0
 

@@ -1,7 +1,7 @@
 """`make bench`: cases with compiled baselines, then sweeps, rows appended to `benchmarks/results/<machine>.csv`; then the report.
 
 Nine minutes for the cases, the long ones last, and six for the sweeps; what does not fit is named, and `--minutes` gives each more.
-Options are those of `python -m wsss_kernels.bench`; with `--op`, `--case`, `--tune`, `--compare` or `--sweep` only that is done.
+Options are those of `python -m wsss_kernels.bench`; with `--op`, `--case`, `--tune`, `--compare`, `--sweep`, `--mode` or `--csv` only that is done.
 """
 
 import sys
@@ -19,9 +19,12 @@ RESULTS = ROOT / "benchmarks/results"
 
 def main(given: list[str]) -> int:
     """Exit code 1 if a gate is red."""
-    if any(word in given for word in ("--op", "--case", "--tune", "--compare", "--sweep", "--csv")):
-        return bench.main(given if "--csv" in given else ["--csv", str(RESULTS), *given])
+    words = {word.partition("=")[0] for word in given}
+    if words & {"--op", "--case", "--tune", "--compare", "--sweep", "--csv", "--mode"}:
+        return bench.main(given if words & {"--csv", "--tune", "--compare"} else ["--csv", str(RESULTS), *given])
     code = bench.main(["--csv", str(RESULTS), "--all", "--compiled", "--seconds", "2", "--minutes", "9", *given])
+    if code == bench.INTERRUPTED:
+        return code
     code = max(code, bench.main(["--csv", str(RESULTS), "--sweep", "--seconds", "0.3", "--minutes", "6", *given]))
     return max(code, machine_report.main([str(RESULTS / f"{slug(machine())}.csv")]))
 

@@ -150,6 +150,29 @@ def test_a_wrong_kernel_prints_no_figure(monkeypatch):
     assert only.gate.startswith("red") and math.isnan(only.ratio)
 
 
+@pytest.mark.parametrize("mode", ["forward+backward", "backward"])
+@pytest.mark.parametrize("who", ["ours", "eager"])
+def test_a_wrong_result_beside_right_gradients_prints_no_figure(monkeypatch, mode, who):
+    spec, case = case_of("normalize_cam")
+
+    def shifted(*args, backend=None, **kwargs):
+        return spec.public(*args, **kwargs) + 0.01
+
+    shifted.__module__ = spec.public.__module__
+    if who == "eager":
+        monkeypatch.setattr(measuring, "baselines", lambda spec, case: {"eager": shifted})
+    (only,) = measure(dataclasses.replace(spec, public=shifted) if who == "ours" else spec, case, seconds=0.01, mode=mode)
+    assert only.gate.startswith("red: result" if who == "ours" else "red: eager") and math.isnan(only.p50_ms)
+
+
+def test_the_ratio_is_that_of_the_medians(monkeypatch):
+    spec, case = case_of("normalize_cam")
+    monkeypatch.setattr(measuring, "peaks", lambda: (1.0, 1.0))
+    monkeypatch.setattr(measuring, "alternate", lambda calls, seconds: {"ours": [1.0, 2.0, 3.0, 4.0], "eager": [5.0, 6.0, 10.0, 20.0]})
+    ours, eager = measure(spec, case, seconds=0.01)
+    assert (ours.p50_ms, eager.p50_ms, eager.ratio) == (2.5, 8.0, 3.2)
+
+
 @pytest.mark.slow
 def test_compiled_baseline():
     spec, case = case_of("normalize_cam")

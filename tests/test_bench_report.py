@@ -6,7 +6,7 @@ import re
 import pytest
 from test_bench import row
 
-from benchmarks import machine_report, report as readme
+from benchmarks import machine_report, report as readme, training_steps
 from wsss_kernels import bench, registry
 
 
@@ -86,6 +86,71 @@ def test_pictures_for_the_readme(tmp_path):
     empty = tmp_path / "empty"
     machine_report.write_images([row()], empty)
     assert not empty.exists()
+
+
+def test_cases_without_a_row_are_named(tmp_path):
+    spec = registry.spec("par")
+    page = machine_report.write([row(case=spec.cases[0].name)], [], tmp_path, "machine").read_text()
+    sentence = page.split("Not measured")[1].split("</p>")[0]
+    assert (
+        f" {spec.cases[-1].name}" in sentence
+        and f"({spec.cases[0].name}," not in sentence
+        and "H·W = 102400" in sentence
+        and "; kmeans" in sentence
+    )
+    rows = [row(op=s.name, case=case.name) for s in registry.specs() for case in s.cases]
+    rows += [row(op=s.name, case=c.name, sweep=w.variable, size=n) for s in registry.specs() for w in s.sweeps for n, c in w.cases.items()]
+    assert not machine_report.not_measured(rows)
+
+
+def test_a_sweep_without_a_baseline_says_so():
+    alone = [row(sweep="N", size=n) for n in (1.0, 2.0)]
+    assert "no baseline was run" in machine_report.sweep_table([alone])
+    assert "none of these" in machine_report.sweep_table([[*alone, row(sweep="N", size=1.0, provider="eager", ratio=2.0)]])
+
+
+def test_the_reference_backend_has_no_share_that_nobody_measured():
+    from matplotlib import pyplot
+
+    step = {"median_seconds": 0.2, "operator_share": 0.5, "peak_bytes": 2**20, "seconds": [9.0, 9.0, 0.1, 0.2, 0.2, 0.2, 0.3, 0.3]}
+    axis = training_steps.chart(pyplot, [("gland network", {"fused": step, "reference": {**step, "operator_share": 0.0}})]).axes[0]
+    labels = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert labels == ["whole step with the reference backend", "operators of wsss_kernels", "everything else"]
+    assert [t.get_text() for t in axis.texts] == [" reference: 200 ms, 1 MiB", " fused: 200 ms (operators 50 %), 1 MiB"]
+    assert [list(line.get_xdata()) for line in axis.lines] == [[200.0, 300.0]] * 2
+    pyplot.close("all")
+
+
+def test_a_readme_is_not_emptied_by_a_csv_without_rows(tmp_path, monkeypatch, capsys):
+    page = f"{readme.BEGIN}\n{readme.operator_table({})}\n{readme.END}"
+    (tmp_path / "README.md").write_text(page)
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    (tmp_path / "a.csv").write_text("")
+    for name, message in (("a.csv", "holds no rows"), ("nothing.csv", "is not a CSV")):
+        with pytest.raises(SystemExit) as stop:
+            readme.main(["--csv", str(tmp_path / name)])
+        assert stop.value.code == 2 and message in capsys.readouterr().err and (tmp_path / "README.md").read_text() == page
+
+
+def test_a_csv_that_ends_within_a_row(tmp_path, capsys):
+    path = tmp_path / "a.csv"
+    bench.append([row(), row(case="b")], path)
+    path.write_text(path.read_text()[:-30])
+    with pytest.raises(SystemExit):
+        machine_report.main([str(path), "--out", str(tmp_path)])
+    assert "line 3: no " in capsys.readouterr().err
+
+
+def test_a_target_is_judged_by_the_first_baseline():
+    shared = {"case": "320_c2_i10", "target": 45.0}
+    rows = [row(**shared), row(**shared, provider="pad_and_slice", ratio=20.0)]
+    assert bench.reached(rows) is None and "target" not in bench.text(rows) and "missed" not in machine_report.ratio_table([rows])
+    assert bench.reached([rows[0], row(**shared, provider="reference", ratio=99.0)]) is None
+    rows.insert(1, row(**shared, provider="eager", ratio=44.0))
+    assert "target 45x MISSED" in bench.text(rows).splitlines()[1] and bench.text(rows).count("target") == 1
+    assert "<td>45 <b class=red>missed</b></td>" in machine_report.ratio_table([rows])
+    rows[1] = row(**shared, provider="eager", ratio=46.0)
+    assert "target 45x reached" in bench.text(rows) and "<td>45 reached</td>" in machine_report.ratio_table([rows])
 
 
 def test_report_of_what_is_no_csv(tmp_path, capsys):

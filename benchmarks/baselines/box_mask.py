@@ -22,15 +22,17 @@ def _map_boxes(cam: np.ndarray, threshold: float, clip_border: bool) -> np.ndarr
 
 def opencv_loop(cam: Tensor, threshold: float = 0.4, *, clip_border: bool = False) -> Tensor:
     """The released algorithm: contours of every map, a rectangle for each, in a Python loop."""
-    maps = cam.reshape(-1, *cam.shape[-2:]).numpy()
-    return torch.from_numpy(np.stack([_map_boxes(one, threshold, clip_border) for one in maps])).view(cam.shape)
+    maps = cam.reshape(-1, *cam.shape[-2:]).cpu().numpy()
+    return torch.from_numpy(np.stack([_map_boxes(one, threshold, clip_border) for one in maps])).view(cam.shape).to(cam.device)
 
 
 def scipy_components(mask: Tensor, *, connectivity: int = 8) -> Tensor:
     """`scipy.ndimage.label` per map."""
-    maps = (mask != 0).reshape(-1, *mask.shape[-2:]).numpy()
+    maps = (mask != 0).reshape(-1, *mask.shape[-2:]).cpu().numpy()
     structure = scipy.ndimage.generate_binary_structure(2, connectivity // 4)
-    return torch.from_numpy(np.stack([scipy.ndimage.label(one, structure)[0] for one in maps])).view(mask.shape).to(torch.int32)
+    return (
+        torch.from_numpy(np.stack([scipy.ndimage.label(one, structure)[0] for one in maps])).view(mask.shape).to(mask.device, torch.int32)
+    )
 
 
 for _loop in (opencv_loop, scipy_components):

@@ -34,7 +34,9 @@ def _neighbours(x: Tensor, dilations) -> Tensor:
 
 def _position_weights(like: Tensor, dilations) -> Tensor:
     """The constant second softmax, Tensor[1, 1, P, 1, 1]."""
-    distance = torch.tensor([d * (dy * dy + dx * dx) ** 0.5 for d in dilations for dy, dx in DIRECTIONS], dtype=torch.float64)
+    distance = torch.tensor(
+        [d * (dy * dy + dx * dx) ** 0.5 for d in dilations for dy, dx in DIRECTIONS], dtype=torch.float64, device=like.device
+    )
     logit = -((distance / (distance.std() + 1e-8) / W2) ** 2)
     return logit.softmax(0).to(like).reshape(1, 1, -1, 1, 1)
 

@@ -12,6 +12,6 @@ def eager(logit, label, *, ignore_index=255):
         ease = ease * valid.sum((1, 2), keepdim=True)
         probability = logit.softmax(1)
         weight = ease * (probability.amax(1) - probability.amin(1))
-        single = torch.tensor([y[m].unique().numel() == 1 for y, m in zip(label, valid, strict=True)])
+        single = torch.tensor([y[m].unique().numel() == 1 for y, m in zip(label, valid, strict=True)], device=label.device)
         weight = torch.where(single[:, None, None], torch.ones_like(weight), weight)
     return ((loss * weight * valid).sum((1, 2)) / valid.sum((1, 2)).clamp_min(1)).mean()

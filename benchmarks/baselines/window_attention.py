@@ -1,6 +1,8 @@
 """Shifted-window attention as Swin's released code writes it (pad, roll, partition, attend, reverse), with its own or with
 PyTorch's attention inside."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -16,19 +18,22 @@ def _reverse(x, window, b, h, w):
     return x.permute(0, 1, 3, 2, 4, 5).reshape(b, h, w, -1)
 
 
-def _shift_mask(h, w, window, shift, like):
-    regions = torch.zeros(1, h, w, 1)
+@functools.cache  # the released code makes it once, too
+def _shift_mask(h, w, window, shift, device):
+    regions = torch.zeros(1, h, w, 1, device=device)
     count = 0
     for rows in (slice(0, -window), slice(-window, -shift), slice(-shift, None)):
         for columns in (slice(0, -window), slice(-window, -shift), slice(-shift, None)):
             regions[:, rows, columns] = count
             count += 1
     regions = _partition(regions, window).squeeze(-1)
-    return torch.zeros(len(regions), window**2, window**2, device=like.device).masked_fill(regions[:, None] != regions[:, :, None], -100.0)
+    return torch.zeros(len(regions), window**2, window**2, device=device).masked_fill(regions[:, None] != regions[:, :, None], -100.0)
 
 
-def _relative_position(window):
-    grid = torch.stack(torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")).flatten(1)
+@functools.cache
+def _relative_position(window, device):
+    side = torch.arange(window, device=device)
+    grid = torch.stack(torch.meshgrid(side, side, indexing="ij")).flatten(1)
     offset = (grid[:, :, None] - grid[:, None]) + window - 1
     return offset[0] * (2 * window - 1) + offset[1]
 
@@ -38,9 +43,9 @@ def _windows(query, key, value, num_heads, window_size, shift, bias, attend):
     pad_h, pad_w = -h % window_size, -w % window_size
     maps = [torch.roll(F.pad(t, (0, 0, 0, pad_w, 0, pad_h)), (-shift, -shift), (1, 2)) for t in (query, key, value)]
     q, k, v = (_partition(t, window_size).view(-1, window_size**2, num_heads, c // num_heads).transpose(1, 2) for t in maps)
-    added = bias[_relative_position(window_size).flatten()].view(window_size**2, window_size**2, -1).permute(2, 0, 1)[None]
+    added = bias[_relative_position(window_size, query.device).flatten()].view(window_size**2, window_size**2, -1).permute(2, 0, 1)[None]
     if shift:
-        mask = _shift_mask(h + pad_h, w + pad_w, window_size, shift, query)
+        mask = _shift_mask(h + pad_h, w + pad_w, window_size, shift, query.device)
         added = (added + mask[:, None]).repeat(b, 1, 1, 1)
     out = attend(q, k, v, added, (c // num_heads) ** -0.5)
     out = _reverse(out.transpose(1, 2).reshape(-1, window_size**2, c), window_size, b, h + pad_h, w + pad_w)

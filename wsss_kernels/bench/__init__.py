@@ -9,7 +9,7 @@ package alone they are the operators' plain PyTorch references.
 """
 
 from .sweep import exponent
-from .table import append, headline, read, slug, text
+from .table import append, headline, reached, read, slug, text
 from .timing import Row, case_mode, measure
 
-__all__ = ["Row", "append", "case_mode", "exponent", "headline", "measure", "read", "slug", "text"]
+__all__ = ["Row", "append", "case_mode", "exponent", "headline", "measure", "reached", "read", "slug", "text"]

@@ -17,7 +17,7 @@ from ..tune import tune
 from . import compare, sweep as sweeps
 from .about import commit, machine
 from .table import append, slug, text
-from .timing import MODES, Row, measure
+from .timing import MODES, Row, gate, measure
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -59,12 +59,52 @@ def _jobs(options: argparse.Namespace, work: list[tuple[OpSpec, Case]], swept: l
     return [(f"{spec.name} {case.name}", functools.partial(measure, spec, case, **more)) for spec, case in work]
 
 
+INTERRUPTED = 130  # exit code
+
+_WITHOUT = {  # options that would change nothing beside one that chooses what is done
+    "tune": ("compare", "sweep", "mode", "compiled", "minutes", "backend", "csv"),
+    "compare": ("sweep", "mode", "compiled", "minutes", "backend", "csv"),
+    "sweep": ("case", "all", "mode", "compiled"),
+}
+
+
+def _refuse_without_effect(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    for chosen, useless in _WITHOUT.items():
+        for name in useless:
+            if getattr(options, chosen) and getattr(options, name):
+                parser.error(f"--{name} has no effect beside --{chosen}")
+
+
+def _csv(given: Path) -> Path:
+    """The file to append to, which is there and takes rows.
+
+    Raises:
+        OSError: it cannot be written.
+        ValueError: it holds something else.
+    """
+    path = given / f"{slug(machine())}.csv" if given.is_dir() or not (given.suffix or given.exists()) else given
+    append([], path)
+    return path
+
+
+def _compare(commit: str, work: list[tuple[OpSpec, Case]], seconds: float) -> int:
+    """Exit code 1 if a gate is red: such a case is not compared."""
+    gates = [(spec.name, case.name, gate(spec, case)) for spec, case in work]
+    red = [found for found in gates if found[2] != "green"]
+    for name, case, why in red:
+        print(f"{name:<26} {case:<28} {why}", flush=True)
+    if len(red) < len(gates):
+        print(compare.compare(commit, [(name, case) for name, case, why in gates if why == "green"], seconds=seconds))
+    return int(bool(red))
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0; 1 if a gate is red; 2 for wrong use."""
+    """Exit code 0; 1 if a gate is red or a case failed; 2 for wrong use; 130 if interrupted."""
     parser = _parser()
     options = parser.parse_args(argv)
     if options.seconds <= 0 or (options.minutes is not None and options.minutes <= 0):
         parser.error("--seconds and --minutes must be greater than 0")
+    _refuse_without_effect(parser, options)
     try:
         chosen = [registry.spec(name) for name in options.op] if options.op else list(registry.specs())
     except ValueError as error:
@@ -82,10 +122,13 @@ def main(argv: list[str] | None = None) -> int:
             print(f"written to {tune(work)}")
             return 0
         if options.compare:
-            print(compare.compare(options.compare, [(spec.name, case.name) for spec, case in work], seconds=options.seconds))
-            return 0
+            return _compare(options.compare, work, options.seconds)
     except (RuntimeError, ValueError) as error:
         parser.error(str(error))
+    try:
+        csv = _csv(options.csv) if options.csv else None
+    except (OSError, ValueError) as error:
+        parser.error(f"--csv: {error}")
     print(
         f"{machine()}, PyTorch {torch.__version__}, {commit()}: medians [20th to 80th percentile], peak memory above the inputs, time relative to ours"
     )
@@ -96,14 +139,22 @@ def main(argv: list[str] | None = None) -> int:
             print(f"the limit of {options.minutes:g} minutes is reached; left out: {left}", file=sys.stderr)
             break
         _progress(done, len(jobs), name)
-        rows = job()
+        try:
+            rows = job()
+        except KeyboardInterrupt:
+            print(f"interrupted; left out: {', '.join(n for n, _ in jobs[done:])}", file=sys.stderr)
+            return INTERRUPTED
+        except Exception as error:  # the other cases are measured all the same
+            print(f"{name}: failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}", file=sys.stderr)
+            red = True
+            continue
         if sys.stderr.isatty():
             print("\r\033[K", end="", file=sys.stderr, flush=True)
         print(text(rows), flush=True)
         red |= any(row.gate.startswith("red") for row in rows)
-        if options.csv:
+        if csv:
             try:
-                append(rows, options.csv / f"{slug(machine())}.csv" if options.csv.is_dir() or not options.csv.suffix else options.csv)
+                append(rows, csv)
             except (OSError, ValueError) as error:
                 parser.error(f"--csv: {error}")
     return int(red)

@@ -31,8 +31,34 @@ def machine() -> str:
 
 @functools.cache
 def commit() -> str:
-    answer = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=PACKAGE, capture_output=True, text=True)
-    return answer.stdout.strip() if answer.returncode == 0 else "installed"
+    """Of the clone; `installed` where no repository tracks the package, whatever repository lies around it."""
+    try:
+        tracked = subprocess.run(["git", "ls-files", "--error-unmatch", "_spec.py"], cwd=PACKAGE, capture_output=True)
+        answer = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=PACKAGE, capture_output=True, text=True)
+    except OSError:  # no git
+        return "installed"
+    return answer.stdout.strip() if tracked.returncode == answer.returncode == 0 else "installed"
+
+
+_TAKEN = re.compile(r'^(?:#include "ops/|from \.\.)(\w+)', re.MULTILINE)
+
+
+def _python(folder: str, root: Path) -> list[Path]:
+    return [p for p in (root / "wsss_kernels/ops" / folder).glob("*.py") if p.name not in ("spec.py", "__init__.py")]
+
+
+def _native_sources(folder: str, root: Path) -> list[Path]:
+    return [p for p in (root / "csrc/ops" / folder).glob("*") if p.is_file()]
+
+
+def _with_others(folder: str, root: Path) -> list[str]:
+    """The folder, and those whose kernels it takes."""
+    found = [folder]
+    for one in found:
+        for path in [*_python(one, root), *_native_sources(one, root)]:
+            if path.name != "reference.py":
+                found += sorted(set(_TAKEN.findall(path.read_text(encoding="utf-8"))) - set(found))
+    return found
 
 
 def kernel_hash(folder: str, root: Path = PACKAGE.parent) -> str:
@@ -40,11 +66,12 @@ def kernel_hash(folder: str, root: Path = PACKAGE.parent) -> str:
 
     Without the C++ sources (an installed package) the compiled libraries stand for them.
     """
-    sources = [p for p in (root / "wsss_kernels/ops" / folder).glob("*.py") if p.name not in ("spec.py", "__init__.py")]
-    native = [*(root / "csrc/ops" / folder).glob("*"), *(root / "csrc/include").rglob("*")]
-    native = [p for p in native if p.is_file()] or list((root / "wsss_kernels").glob("*.so"))
+    folders = _with_others(folder, root)
+    native = [path for one in folders for path in _native_sources(one, root)]
+    native += [p for p in (root / "csrc/include").rglob("*") if p.is_file()]
+    native = native or list((root / "wsss_kernels").glob("*.so"))
     digest = hashlib.sha256()
-    for path in sorted([*sources, *native]):
+    for path in sorted([*(path for one in folders for path in _python(one, root)), *native]):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 

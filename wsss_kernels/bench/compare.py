@@ -12,9 +12,9 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .about import PACKAGE
+from . import about
 
-ROOT = PACKAGE.parent
+ROOT = about.PACKAGE.parent
 _BUILT_FROM = ("csrc", "setup.py")
 _SCRIPT = """
 import json, sys
@@ -50,7 +50,7 @@ for name, case_name in wanted:
 def _git(*arguments: str) -> str:
     done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        raise ValueError(f"--compare needs a clone of the repository and a commit of it: {done.stderr.strip() or 'no git repository'}")
+        raise ValueError(f"--compare: git {arguments[0]} failed: {done.stderr.strip()}")
     return done.stdout.strip()
 
 
@@ -61,8 +61,13 @@ def checkout(commit: str) -> Iterator[Path]:
     Raises:
         ValueError: no such commit, or it does not build.
     """
-    name = _git("rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}") if commit else ""
-    if not name:
+    if about.commit() == "installed":
+        raise ValueError("--compare needs a clone of the repository, and git")
+    found = subprocess.run(
+        ["git", "rev-parse", "--verify", "--quiet", "--end-of-options", f"{commit}^{{commit}}"], cwd=ROOT, capture_output=True, text=True
+    )
+    name = found.stdout.strip()
+    if found.returncode or not name:
         raise ValueError(f"--compare {commit}: there is no such commit")
     with tempfile.TemporaryDirectory(prefix="wsss_compare_") as folder:
         tree = Path(folder) / "tree"
@@ -98,24 +103,31 @@ def compare(commit: str, wanted: Sequence[tuple[str, str]], *, seconds: float, r
     Raises:
         ValueError: no such commit, or one that does not build or run.
     """
-    then: dict[tuple[str, str], list[float]] = {}
-    now: dict[tuple[str, str], list[float]] = {}
+    then: dict[tuple[str, str], list[list[float]]] = {}  # by round
+    now: dict[tuple[str, str], list[list[float]]] = {}
     with checkout(commit) as tree:
         for _ in range(rounds):
             for found, where in ((then, tree), (now, ROOT)):
                 for key, times in _times(where, wanted, seconds / rounds / 2).items():
-                    found.setdefault(key, []).extend(times)
+                    found.setdefault(key, []).append(times)
     lines = [f"{'operator':<26} {'case':<28} {commit[:12]:>12} {'here':>12}  {commit[:12]} / here"]
     for key in wanted:
-        a, b = then.get(key, []), now.get(key, [])
+        a, b = ([t for times in found.get(key, []) for t in times] for found in (then, now))
         if not a or not b:
             lines.append(f"{key[0]:<26} {key[1]:<28} this case is not in both")
             continue
         old, new = statistics.median(a), statistics.median(b)
         noise = max(_spread(a), _spread(b))
-        verdict = "no difference beyond the noise" if abs(old / new - 1) <= noise else "faster" if old > new else "SLOWER"
+        same = abs(old / new - 1) <= noise or not _apart(then[key], now[key])
+        verdict = "no difference beyond the noise" if same else "faster" if old > new else "SLOWER"
         lines.append(f"{key[0]:<26} {key[1]:<28} {old:9.3f} ms {new:9.3f} ms  {old / new:6.2f}x  {verdict} (±{100 * noise:.0f} %)")
     return "\n".join(lines)
+
+
+def _apart(a: Sequence[list[float]], b: Sequence[list[float]]) -> bool:
+    """Whether every round of one was faster than every round of the other: processes differ by more than the runs of one."""
+    old, new = ([statistics.median(times) for times in rounds] for rounds in (a, b))
+    return min(old) > max(new) or max(old) < min(new)
 
 
 def _spread(times: list[float]) -> float:

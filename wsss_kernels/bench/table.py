@@ -10,6 +10,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from .. import registry
 from .timing import Row
 
 EAGER = ("eager", "reference")
@@ -23,7 +24,7 @@ def append(rows: Iterable[Row], path: Path) -> None:
     """Adds rows to the machine's CSV; what was measured keeps four significant digits, sizes keep all.
 
     Raises:
-        ValueError: the file has other columns.
+        ValueError: the file has other columns, or ends within a row.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     names = [f.name for f in fields(Row)]
@@ -32,6 +33,8 @@ def append(rows: Iterable[Row], path: Path) -> None:
         with path.open(newline="") as file:
             if next(csv.reader(file), []) != names:
                 raise ValueError(f"{path} has the columns of another version; move it away, or name another file")
+        if not path.read_bytes().endswith(b"\n"):
+            raise ValueError(f"{path} ends within a row; remove its last line")
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, names, lineterminator="\n")
         if fresh:
@@ -46,11 +49,18 @@ def append(rows: Iterable[Row], path: Path) -> None:
 
 
 def read(path: Path) -> list[Row]:
-    """The newest rows of every case and mode, in the order of the file."""
+    """The newest rows of every case and mode, in the order of the file.
+
+    Raises:
+        ValueError: a row is not complete.
+    """
     hints = typing.get_type_hints(Row)
     newest: dict[tuple, list[Row]] = {}
     with path.open(newline="") as file:
-        for raw in csv.DictReader(file):
+        reader = csv.DictReader(file)
+        for raw in reader:
+            if missing := [name for name in hints if raw.get(name) is None]:
+                raise ValueError(f"line {reader.line_num}: no {missing[0]}")
             row = Row(**{name: _value(raw[name], hints[name]) for name in hints})
             key = (row.op, row.case, row.mode, row.sweep)
             if row.provider == "ours":
@@ -74,18 +84,24 @@ def headline(rows: Sequence[Row]) -> tuple[Row, Row | None, Row | None]:
     return rows[0], min(others, key=lambda row: row.p50_ms, default=None), eager
 
 
+def reached(rows: Sequence[Row]) -> tuple[str, bool] | None:
+    """The baseline by which the case's target is defined, its first, and whether the target is reached; `None` if it has no figure."""
+    spec = next((s for s in registry.specs() if s.name == rows[0].op), None)
+    case = next((c for c in spec.cases if c.name == rows[0].case), None) if spec else None
+    if spec is None or case is None or rows[0].target is None:
+        return None
+    first = (case.baselines or spec.baselines)[0]
+    return next(((first, row.ratio >= rows[0].target) for row in rows if row.provider == first and row.gate == "green"), None)
+
+
 def text(rows: list[Row]) -> str:
     """Rows of one case: ours, then each baseline with its ratio."""
-    lines = []
+    lines, judged = [], reached(rows)
     for row in rows:
         if row.gate != "green":
             lines.append(f"{row.op:<26} {row.case:<28} {row.mode:<17} {row.provider:<15} {row.gate}")
             continue
-        verdict = (
-            ""
-            if row.target is None or row.provider == "ours" or row.provider != rows[1].provider
-            else f"  target {row.target:g}x {'reached' if row.ratio >= row.target else 'MISSED'}"
-        )
+        verdict = f"  target {row.target:g}x {'reached' if judged[1] else 'MISSED'}" if judged and row.provider == judged[0] else ""
         spread = f"{row.p50_ms:10.3f} ms [{row.p20_ms:.3f} to {row.p80_ms:.3f}]"
         lines.append(
             f"{row.op:<26} {row.case:<28} {row.mode:<17} {row.provider:<15} {spread:<38} {row.peak_mib:9.1f} MiB  {row.ratio:7.1f}x{verdict}"

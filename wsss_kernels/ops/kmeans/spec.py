@@ -132,7 +132,7 @@ SPECS = (
             Sweep("N", {n: _case(1, n, 16, 2) for n in (4096, 16384, 65536)}, 1),
             Sweep("clusters", {k: _case(1, 16384, 16, k) for k in (2, 4, 8, 16)}, 1),
         ),
-        baselines=("eager",),
+        baselines=("eager", "batched"),
         flops=lambda x, k, **_: 60.0 * k * x.numel(),
         bytes_moved=lambda x, k, **_: 80.0 * x.numel(),
         peak_bytes=_peak,

@@ -1,0 +1,198 @@
+"""`python -m wsss_kernels.bench` under wrong use, interruption and failure; comparison of commits."""
+
+import contextlib
+import dataclasses
+import importlib
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from test_bench import case_of, row
+
+from benchmarks import run
+from wsss_kernels import bench
+from wsss_kernels.bench import __main__ as command, about, compare, timing
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """The names of the cases that are measured, which takes no time."""
+    names = []
+    monkeypatch.setattr(command, "measure", lambda spec, case, **more: names.append(case.name) or [row(case=case.name)])
+    return names
+
+
+@pytest.mark.parametrize("what", ["other columns", "a folder that cannot be made", "half a row"])
+def test_a_csv_that_takes_no_rows_is_refused_before_anything_is_measured(tmp_path, measured, capsys, what):
+    path = tmp_path / "there.csv"
+    path.write_text("a,b\n" if what == "other columns" else "")
+    if what == "half a row":
+        bench.append([row()], path)
+        path.write_text(path.read_text()[:-20])
+    target = path / "below.csv" if what == "a folder that cannot be made" else path
+    with pytest.raises(SystemExit) as stop:
+        command.main(["--op", "mpfp", "--csv", str(target)])
+    assert stop.value.code == 2 and not measured and "--csv" in capsys.readouterr().err
+
+
+def test_a_file_without_suffix_is_a_file(tmp_path, measured):
+    (tmp_path / "rows").touch()
+    command.main(["--op", "mpfp", "--csv", str(tmp_path / "rows")])
+    assert len(bench.read(tmp_path / "rows")) == len(measured)
+    command.main(["--op", "mpfp", "--csv", str(tmp_path / "folder")])
+    assert len(list((tmp_path / "folder").glob("*.csv"))) == 1
+
+
+def test_finished_rows_are_kept_when_interrupted(tmp_path, monkeypatch, capsys):
+    def stop_at_the_second(spec, case, **more):
+        if case.name == "1x2x28x28":
+            raise KeyboardInterrupt
+        return [row(op=spec.name, case=case.name)]
+
+    monkeypatch.setattr(command, "measure", stop_at_the_second)
+    assert command.main(["--op", "mpfp", "--csv", str(tmp_path / "a.csv")]) == 130
+    assert "interrupted; left out: mpfp 1x2x28x28" in capsys.readouterr().err
+    assert [r.case for r in bench.read(tmp_path / "a.csv")] == ["16x2x28x28"]
+
+
+def test_an_interrupted_benchmark_does_not_go_on_with_the_sweeps(monkeypatch):
+    calls = []
+    monkeypatch.setattr(command, "main", lambda argv: calls.append(argv) or command.INTERRUPTED)
+    assert run.main([]) == 130 and len(calls) == 1
+
+
+def test_options_of_one_operator_in_either_spelling(monkeypatch):
+    calls = []
+    monkeypatch.setattr(command, "main", lambda argv: calls.append(argv) or 0)
+    run.main(["--op=par"])
+    run.main(["--op", "par", "--compare", "HEAD"])
+    assert [call[-1] for call in calls] == ["--op=par", "HEAD"] and "--csv" in calls[0] and "--csv" not in calls[1]
+
+
+def test_a_case_that_fails_does_not_end_the_others(monkeypatch, capsys):
+    def fail(spec, case, **more):
+        if spec.name == "par":
+            raise TypeError("a mistake in the baseline\nand more")
+        return [row(op=spec.name, case=case.name)]
+
+    monkeypatch.setattr(command, "measure", fail)
+    assert command.main(["--op", "par", "--op", "mpfp"]) == 1
+    out, err = capsys.readouterr()
+    assert "mpfp" in out and "par 320_c2_i10: failed: TypeError: a mistake in the baseline" in err and "and more" not in err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--sweep", "--mode", "backward"], ["--sweep", "--case", "a"], ["--compare", "HEAD", "--mode", "forward"], ["--tune", "--sweep"]],
+)
+def test_options_without_effect_are_refused(measured, capsys, options):
+    with pytest.raises(SystemExit):
+        command.main(["--op", "mpfp", *options])
+    assert not measured and "has no effect beside" in capsys.readouterr().err
+
+
+def test_ours_out_of_memory_says_so():
+    spec, case = case_of("normalize_cam")
+
+    def refuse(*args, **kwargs):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    refuse.__module__ = spec.public.__module__
+    (only,) = timing.measure(dataclasses.replace(spec, public=refuse), case, seconds=0.01)
+    assert only.gate.startswith("not run: out of memory") and only.provider == "ours"
+
+
+def test_a_baseline_whose_module_cannot_be_imported_is_named(monkeypatch, capsys):
+    spec, case = case_of("box_mask")
+
+    def without(missing):
+        def load(name):
+            raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
+
+        return load
+
+    monkeypatch.setattr(importlib, "import_module", without("cv2"))
+    assert list(timing.baselines(spec, case)) == ["reference"] and "No module named 'cv2'" in capsys.readouterr().err
+    monkeypatch.setattr(importlib, "import_module", without("benchmarks"))
+    assert list(timing.baselines(spec, case)) == ["reference"] and not capsys.readouterr().err
+
+
+def test_the_commit_is_not_that_of_a_repository_around_the_package(tmp_path, monkeypatch):
+    package = tmp_path / "site-packages/wsss_kernels"
+    package.mkdir(parents=True)
+    shutil.copy(about.PACKAGE / "_spec.py", package)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    for arguments in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "their own"]):
+        subprocess.run([*git, *arguments], cwd=tmp_path, check=True)
+    monkeypatch.setattr(about, "PACKAGE", package)
+    assert about.commit.__wrapped__() == "installed"
+    subprocess.run(["git", "add", "."], cwd=tmp_path, check=True)
+    assert about.commit.__wrapped__() not in ("", "installed")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert about.commit.__wrapped__() == "installed"
+
+
+def test_what_is_wrong_is_not_compared(monkeypatch, capsys):
+    wanted = []
+    monkeypatch.setattr(command, "gate", lambda spec, case: "red: an error" if case.name.startswith("16x") else "green")
+    monkeypatch.setattr(compare, "compare", lambda commit, cases, seconds: wanted.extend(cases) or "the table")
+    assert command.main(["--op", "mpfp", "--case", "x28x28", "--compare", "HEAD"]) == 1
+    out = capsys.readouterr().out
+    assert wanted and all(not case.startswith("16x") for _, case in wanted) and re.search(r"16x2x28x28 +red: an error", out)
+
+
+def test_the_gate_of_a_case():
+    spec, case = case_of("normalize_cam")
+
+    def shifted(*args, **kwargs):
+        return spec.public(*args, **kwargs) + 0.01
+
+    shifted.__module__ = spec.public.__module__
+    assert timing.gate(spec, case) == "green"
+    assert timing.gate(dataclasses.replace(spec, public=shifted), case).startswith("red: ")
+
+
+def test_rounds_that_overlap_are_no_difference(monkeypatch):
+    """Each process is steady in itself, and one of the old ones as fast as the new: that says nothing of the code."""
+    rounds = {"then": iter([8.0, 12.0, 12.0]), "now": iter([8.0, 8.0, 8.1])}
+    monkeypatch.setattr(compare, "checkout", lambda commit: contextlib.nullcontext(Path("then")))
+
+    def times(tree, wanted, seconds):
+        return dict.fromkeys(wanted, [next(rounds["then" if tree == Path("then") else "now"])] * 5)
+
+    monkeypatch.setattr(compare, "_times", times)
+    assert "no difference beyond the noise" in compare.compare("abc", [("par", "a")], seconds=1.0)
+
+
+def test_a_commit_that_is_not_there():
+    with pytest.raises(ValueError, match="there is no such commit|needs a clone"), compare.checkout("no-such-commit"):
+        pass
+
+
+def test_comparison_needs_a_clone(monkeypatch):
+    monkeypatch.setattr(about, "commit", lambda: "installed")
+    with pytest.raises(ValueError, match="needs a clone of the repository, and git"), compare.checkout("HEAD"):
+        pass
+
+
+def test_the_hash_follows_kernels_that_are_taken_from_another_operator(tmp_path):
+    for name, text in {
+        "csrc/ops/walk/walk.h": '#include "ops/scale/scaling.h"\n',
+        "csrc/ops/scale/scaling.h": "1",
+        "wsss_kernels/ops/walk/triton_impl.py": "from ... import _args\nfrom ..map.triton_impl import tile\n",
+        "wsss_kernels/ops/map/triton_impl.py": "1",
+        "wsss_kernels/ops/walk/reference.py": "from ..loss.reference import unit\n",
+        "wsss_kernels/ops/loss/triton_impl.py": "1",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    hashes = [about.kernel_hash("walk", tmp_path)]
+    for name in ("csrc/ops/scale/scaling.h", "wsss_kernels/ops/map/triton_impl.py", "wsss_kernels/ops/loss/triton_impl.py"):
+        (tmp_path / name).write_text("2")
+        hashes.append(about.kernel_hash("walk", tmp_path))
+    assert len(set(hashes[:3])) == 3 and hashes[3] == hashes[2]
+    assert about._with_others("random_walk", about.PACKAGE.parent)[0] == "random_walk"
+    if (about.PACKAGE.parent / "csrc").exists():
+        assert {"affinity", "sinkhorn"} < set(about._with_others("random_walk", about.PACKAGE.parent))
