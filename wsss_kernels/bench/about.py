@@ -8,13 +8,17 @@ import os
 import platform
 import re
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from .. import _native
 
 PACKAGE = Path(__file__).resolve().parent.parent
+T = TypeVar("T")
 
 
 def machine() -> str:
@@ -76,7 +80,7 @@ def kernel_hash(folder: str, root: Path = PACKAGE.parent) -> str:
     return digest.hexdigest()[:12]
 
 
-def cpu_seconds() -> tuple[float, float] | None:
+def _cpu_seconds() -> tuple[float, float] | None:
     """Seconds that the cores have worked for anybody (what a hypervisor took included), and for this process; Linux only."""
     try:
         user, nice, system, _, _, *rest = (int(x) for x in Path("/proc/stat").read_text().splitlines()[0].split()[1:9])
@@ -85,6 +89,16 @@ def cpu_seconds() -> tuple[float, float] | None:
         return None
     own = os.times()
     return busy, own.user + own.system + own.children_user + own.children_system
+
+
+def watched(call: Callable[[], T]) -> tuple[T, float | None]:
+    """The result of a call, and the share of all cores that other processes took meanwhile (`None` where it is not known)."""
+    before, start = _cpu_seconds(), time.perf_counter()
+    result = call()
+    after, cores = _cpu_seconds(), (time.perf_counter() - start) * (os.cpu_count() or 1)
+    if before is None or after is None:
+        return result, None
+    return result, max(0.0, (after[0] - before[0]) - (after[1] - before[1])) / cores
 
 
 def clock_mhz() -> float | None:

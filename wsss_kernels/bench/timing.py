@@ -6,7 +6,6 @@ import dataclasses
 import datetime
 import functools
 import importlib
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ import torch
 
 from .._spec import Case, OpSpec
 from ..testing import assert_matches_truth, cast, flatten, gradient_tensors, peak_memory
-from .about import clock_mhz, commit, cpu_seconds, kernel_hash, machine
+from .about import clock_mhz, commit, kernel_hash, machine, watched
 
 MODES = ("forward", "forward+backward", "backward")
 
@@ -381,11 +380,8 @@ def measure(
             raise
         return [_empty(shared, "ours", f"not run: out of memory: {_first_line(error)}")]
     peaks_mib = {name: peak_memory(call)[0] / 2**20 for name, call in calls.items()}
-    before, start = cpu_seconds(), time.perf_counter()
-    times = {name: torch.tensor(t) for name, t in alternate(calls, seconds).items()}
-    after, cores = cpu_seconds(), (time.perf_counter() - start) * (os.cpu_count() or 1)
-    if before and after:
-        shared["others"] = max(0.0, (after[0] - before[0]) - (after[1] - before[1])) / cores
+    samples, shared["others"] = watched(lambda: alternate(calls, seconds))
+    times = {name: torch.tensor(t) for name, t in samples.items()}
     ours = float(times["ours"].quantile(0.5))
     rows = []
     for name, t in times.items():
