@@ -89,6 +89,7 @@ def ratio_table(cases: Sequence[list[Row]]) -> str:
         "roofline",
         "error / allowed",
         "cores to others",
+        "backend",
         "kernels",
         "commit",
     ]
@@ -117,7 +118,8 @@ def ratio_table(cases: Sequence[list[Row]]) -> str:
             _figure(100 * ours.roofline, " %") if ours.roofline is not None else "",
             _figure(ours.error_ratio),
             _figure(100 * ours.others, " %") if ours.others is not None else "",
-            ours.kernels,
+            html.escape(ours.backend),
+            html.escape(ours.kernels),
             html.escape(ours.commit),
         ]
         lines.append(f"{name}{''.join(f'<td>{c}</td>' for c in cells)}")

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import wsss_kernels
 from wsss_kernels import bench, registry
 from wsss_kernels.bench import __main__ as command, compare, sweep, timing as measuring
 from wsss_kernels.bench.about import kernel_hash
-from wsss_kernels.bench.timing import MODES, Row, measure
+from wsss_kernels.bench.row import MODES, Row
+from wsss_kernels.bench.timing import measure
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -292,6 +294,26 @@ def test_csv_round_trip_and_the_newest_rows(tmp_path):
     path.write_text("op,case\npar,a\n")
     with pytest.raises(ValueError, match="has the columns of another version"):
         bench.append([row()], path)
+
+
+def test_a_csv_from_before_the_newest_columns_is_read_but_takes_no_rows(tmp_path):
+    path = tmp_path / "m.csv"
+    bench.append([row(others=0.25), row(provider="eager", ratio=2.0)], path)
+    old = "".join(line.rpartition(",")[0] + "\n" for line in path.read_text().splitlines())
+    path.write_text(old)
+    assert [(r.backend, r.others) for r in bench.read(path)] == [("", 0.25), ("", None)]
+    with pytest.raises(ValueError, match="has the columns of another version; move it away"):
+        bench.append([row(backend="cpu")], path)
+    assert path.read_text() == old
+
+
+def test_a_row_says_which_backend_was_measured():
+    spec, case = case_of("normalize_cam")
+    for backend in ("reference", None):
+        rows = measure(spec, case, seconds=0.01, backend=backend)
+        args, kwargs = case.make()
+        chosen = backend or wsss_kernels.explain(spec.name, *args, **kwargs).chosen
+        assert {r.backend for r in rows} == {chosen} and f" ours ({chosen}) " in bench.text(rows)
 
 
 def test_the_command(tmp_path, capsys):

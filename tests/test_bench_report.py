@@ -103,6 +103,11 @@ def test_cases_without_a_row_are_named(tmp_path):
     assert not machine_report.not_measured(rows)
 
 
+def test_the_report_shows_the_backend():
+    assert "<td>tri&lt;ton</td>" in machine_report.ratio_table([[row(backend="tri<ton")]])
+    assert machine_report.ratio_table([[row()]]).count("<td") == machine_report.ratio_table([[row()]]).count("<th>")
+
+
 def test_a_sweep_without_a_baseline_says_so():
     alone = [row(sweep="N", size=n) for n in (1.0, 2.0)]
     assert "no baseline was run" in machine_report.sweep_table([alone])

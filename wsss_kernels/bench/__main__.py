@@ -16,8 +16,9 @@ from .._spec import Case, OpSpec, Sweep
 from ..tune import tune
 from . import compare, sweep as sweeps
 from .about import commit, machine
+from .row import MODES, Row
 from .table import append, slug, text
-from .timing import MODES, Row, gate, measure
+from .timing import gate, measure
 
 
 def _parser() -> argparse.ArgumentParser:

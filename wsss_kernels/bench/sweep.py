@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from .._spec import Case, OpSpec, Sweep
-from .timing import Row, measure
+from .row import Row
+from .timing import measure
 
 _SHARE = 0.5  # of the free memory that a baseline may be expected to need
 

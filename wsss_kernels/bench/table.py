@@ -6,12 +6,12 @@ import csv
 import re
 import typing
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
 from .. import registry
-from .timing import Row
+from .row import Row
 
 EAGER = ("eager", "reference")
 
@@ -58,10 +58,12 @@ def read(path: Path) -> list[Row]:
     newest: dict[tuple, list[Row]] = {}
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
+        # what a file of an older version has no column for is not known
+        names = [f.name for f in fields(Row) if f.default is MISSING or f.name in (reader.fieldnames or ())]
         for raw in reader:
-            if missing := [name for name in hints if raw.get(name) is None]:
+            if missing := [name for name in names if raw.get(name) is None]:
                 raise ValueError(f"line {reader.line_num}: no {missing[0]}")
-            row = Row(**{name: _value(raw[name], hints[name]) for name in hints})
+            row = Row(**{name: _value(raw[name], hints[name]) for name in names})
             key = (row.op, row.case, row.mode, row.sweep)
             if row.provider == "ours":
                 newest.pop(key, None)
@@ -99,12 +101,13 @@ def text(rows: list[Row]) -> str:
     lines, judged = [], reached(rows)
     for row in rows:
         if row.gate != "green":
-            lines.append(f"{row.op:<26} {row.case:<28} {row.mode:<17} {row.provider:<15} {row.gate}")
+            lines.append(f"{row.op:<26} {row.case:<28} {row.mode:<17} {row.provider:<16} {row.gate}")
             continue
         verdict = f"  target {row.target:g}x {'reached' if judged[1] else 'MISSED'}" if judged and row.provider == judged[0] else ""
         spread = f"{row.p50_ms:10.3f} ms [{row.p20_ms:.3f} to {row.p80_ms:.3f}]"
+        provider = f"ours ({row.backend})" if row.provider == "ours" and row.backend else row.provider
         lines.append(
-            f"{row.op:<26} {row.case:<28} {row.mode:<17} {row.provider:<15} {spread:<38} {row.peak_mib:9.1f} MiB  {row.ratio:7.1f}x{verdict}"
+            f"{row.op:<26} {row.case:<28} {row.mode:<17} {provider:<16} {spread:<38} {row.peak_mib:9.1f} MiB  {row.ratio:7.1f}x{verdict}"
         )
     if rows[0].others is not None and rows[0].others > 0.1:
         lines.append(f"{'':<26} disturbed: other processes took {100 * rows[0].others:.0f} % of the cores meanwhile")

@@ -9,64 +9,15 @@ import importlib
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from .._dispatch import explain
 from .._spec import Case, OpSpec
 from ..testing import assert_matches_truth, cast, flatten, gradient_tensors, peak_memory
 from .about import clock_mhz, commit, kernel_hash, machine, watched
-
-MODES = ("forward", "forward+backward", "backward")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One provider on one case, as in the CSV. Times in milliseconds, memory in MiB above the inputs.
-
-    Args:
-        ratio: median of this provider / median of ours.
-        error_ratio: error / allowed error of ours under the tolerance rule.
-        gate: `green`; `red: …` and `not run: …` say why there is no figure.
-        gbps, gflops: of ours in a forward pass, from the operator's own count of bytes and operations.
-        roofline: time that this machine's measured bandwidth and product rate would need at least / median.
-        peak_gbps, peak_gflops: those two measured rates.
-        compile_s: the first call of a compiled baseline in seconds, which is where it compiles.
-        sweep, size: the variable of a sweep and its value.
-        others: share of all cores that other processes took meanwhile; beyond a few per cent the times are theirs as well.
-    """
-
-    op: str
-    case: str
-    sweep: str
-    size: float | None
-    mode: str
-    dtype: str
-    provider: str
-    p20_ms: float
-    p50_ms: float
-    p80_ms: float
-    runs: int
-    peak_mib: float
-    ratio: float
-    target: float | None
-    error_ratio: float
-    gate: str
-    gbps: float | None
-    gflops: float | None
-    roofline: float | None
-    peak_gbps: float | None
-    peak_gflops: float | None
-    compile_s: float | None
-    machine: str
-    threads: int
-    clock_mhz: float | None
-    torch: str
-    commit: str
-    kernels: str
-    date: str
-    others: float | None = None
+from .row import Row, case_mode
 
 
 @functools.cache
@@ -80,11 +31,6 @@ def peaks() -> tuple[float, float]:
     times = alternate({"copy": lambda: b.copy_(a), "product": lambda: m @ m}, 1.0)
     best = {name: min(t) for name, t in times.items()}
     return 2 * a.numel() * 4 / best["copy"] / 1e6, 2 * m.shape[0] ** 3 / best["product"] / 1e6
-
-
-def case_mode(case: Case) -> str:
-    """The mode in which a case is measured unless another is asked for."""
-    return "forward+backward" if case.backward else "forward"
 
 
 def baselines(spec: OpSpec, case: Case) -> dict[str, Callable]:
@@ -349,7 +295,9 @@ def measure(
     args, kwargs = case.make()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     plain = cast((args, {k: v for k, v in kwargs.items() if k != "exact"}), torch.float32, device)
-    calls = {"ours": _call(spec, lambda *a, **k: spec.public(*a, **k, backend=backend), *cast((args, kwargs), torch.float32, device), mode)}
+    given = cast((args, kwargs), torch.float32, device)
+    shared["backend"] = explain(spec.name, *given[0], **given[1], backend=backend).chosen
+    calls = {"ours": _call(spec, lambda *a, **k: spec.public(*a, **k, backend=backend), *given, mode)}
     others = baselines(spec, case)
     left_out = {name: f"not run: {why}" for name, why in (without or {}).items()}
     first_call: dict[str, float] = {}
