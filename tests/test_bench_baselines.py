@@ -1,12 +1,15 @@
 """The baselines of the benchmark."""
 
+import types
+
 import pytest
 import torch
 
+from benchmarks import test_cpu
 from benchmarks.baselines import kmeans, random_walk
 from wsss_kernels import registry
 from wsss_kernels.bench import timing
-from wsss_kernels.testing import flatten
+from wsss_kernels.testing import flatten, gradient_tensors
 
 CHEAP = (
     "box_mask",
@@ -45,6 +48,18 @@ def test_baselines_of_numpy_take_what_a_gpu_gives(name, monkeypatch):
     for baseline in timing.baselines(spec, case).values():
         copied.clear()
         baseline(*args, **kwargs)
+
+
+@pytest.mark.parametrize("name", ["mpfp", "normalize_cam", "box_mask"])
+def test_pytest_benchmark_times_the_gradients_that_a_case_is_meant_with(name):
+    spec = registry.spec(name)
+    for case in [case for case in spec.cases if case.quick]:
+        calls = []
+        benchmark = types.SimpleNamespace(pedantic=lambda call, calls=calls, **more: calls.append(call()))
+        test_cpu.test_speed(benchmark, spec, case)
+        args, kwargs = case.make()
+        gradients = len(gradient_tensors(spec, None, args, kwargs)) if case.backward else 0
+        assert len(calls[0]) == len(flatten(spec.public(*args, **kwargs))) + gradients
 
 
 def test_the_rewrite_of_the_random_walk_walks_the_same():

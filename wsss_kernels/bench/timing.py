@@ -60,8 +60,8 @@ def _cotangent(t: torch.Tensor) -> torch.Tensor:
     return _normal(*t.shape).to(t)
 
 
-def _call(spec: OpSpec, function: Callable, args: tuple, kwargs: dict, mode: str) -> Callable[[], list[torch.Tensor]]:
-    """Gives the results, and unless the mode is `forward` the gradients behind them."""
+def bind(spec: OpSpec, function: Callable, args: tuple, kwargs: dict, mode: str) -> Callable[[], list[torch.Tensor]]:
+    """A function of one provider that gives the results, and unless the mode is `forward` the gradients behind them."""
     if mode == "forward":
 
         def forward():
@@ -142,8 +142,8 @@ class Gate:
         self.gradients = len(gradient_tensors(spec, None, args, kwargs)) if mode != "forward" else 0
         self.less_precise = "exact" in kwargs
         self.ties = spec.outputs != "exact"  # labels that a comparison of float32 numbers decides
-        self.truth = _call(spec, spec.reference, *cast((args, exact), torch.float64), mode)()
-        self.coarse = _call(spec, spec.reference, *cast((args, exact), torch.float32), mode)()
+        self.truth = bind(spec, spec.reference, *cast((args, exact), torch.float64), mode)()
+        self.coarse = bind(spec, spec.reference, *cast((args, exact), torch.float32), mode)()
 
     def check(self, name: str, results: list[torch.Tensor]) -> float:
         """The error ratio of ours, 0 for a baseline.
@@ -175,7 +175,7 @@ def gate(spec: OpSpec, case: Case) -> str:
     """`green`, or why ours has no figure here."""
     args, kwargs = cast(case.make(), torch.float32, "cuda" if torch.cuda.is_available() else "cpu")
     try:
-        Gate(spec, case, case_mode(case)).check("ours", _call(spec, spec.public, args, kwargs, case_mode(case))())
+        Gate(spec, case, case_mode(case)).check("ours", bind(spec, spec.public, args, kwargs, case_mode(case))())
     except AssertionError as error:
         return f"red: {error}"
     return "green"
@@ -297,7 +297,7 @@ def measure(
     plain = cast((args, {k: v for k, v in kwargs.items() if k != "exact"}), torch.float32, device)
     given = cast((args, kwargs), torch.float32, device)
     shared["backend"] = explain(spec.name, *given[0], **given[1], backend=backend).chosen
-    calls = {"ours": _call(spec, lambda *a, **k: spec.public(*a, **k, backend=backend), *given, mode)}
+    calls = {"ours": bind(spec, lambda *a, **k: spec.public(*a, **k, backend=backend), *given, mode)}
     others = baselines(spec, case)
     left_out = {name: f"not run: {why}" for name, why in (without or {}).items()}
     first_call: dict[str, float] = {}
@@ -305,7 +305,7 @@ def measure(
         gate = Gate(spec, case, mode)
         error_ratio = gate.check("ours", calls["ours"]())
         for name, function in others.items():
-            call = _call(spec, function, *plain, mode)
+            call = bind(spec, function, *plain, mode)
             if name not in left_out:
                 why, first_call[name] = _admit(gate, name, call)
                 (left_out if why else calls)[name] = why or call
@@ -318,7 +318,7 @@ def measure(
                     f"not run: one call of {name} needs {first_call[name]:.3g} s, more than the case's {seconds:g} s (--seconds gives more)"
                 )
             else:
-                call = _call(spec, compiled(others[name]), *plain, mode)
+                call = bind(spec, compiled(others[name]), *plain, mode)
                 why, first_call[label] = _admit_compiled(gate, label, call)
             (left_out if why else calls)[label] = why or call
     except AssertionError as error:
