@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 
 import wsss_kernels
 from wsss_kernels import bench, registry
-from wsss_kernels.bench import __main__ as command, compare, sweep, timing as measuring
+from wsss_kernels.bench import __main__ as command, about, compare, sweep, timing as measuring
 from wsss_kernels.bench.about import kernel_hash
 from wsss_kernels.bench.row import MODES, Row
 from wsss_kernels.bench.timing import measure
@@ -277,6 +278,22 @@ def test_the_hash_follows_the_sources(tmp_path):
         before = kernel_hash("par", tmp_path)
         (tmp_path / name).write_text("two")
         assert kernel_hash("par", tmp_path) != before
+
+
+def test_the_hash_follows_how_the_kernels_were_built(tmp_path, monkeypatch):
+    for root in (tmp_path / "clone", tmp_path / "worktree"):
+        for name in ("csrc/ops/par/par.cpp", "setup.py", "wsss_kernels/_triton.py"):
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_text("one")
+    hashes, available = [kernel_hash("par", root)], about._native.extension is not None
+    assert kernel_hash("par", tmp_path / "clone") == hashes[0]
+    for name in ("setup.py", "wsss_kernels/_triton.py"):
+        (root / name).write_text("two")
+        hashes.append(kernel_hash("par", root))
+    for library in (types.SimpleNamespace(build_info=lambda: "built with another PyTorch"), None):
+        monkeypatch.setattr(about._native, "extension", library)
+        hashes.append(kernel_hash("par", root))
+    assert len(set(hashes)) == (5 if available else 4)
 
 
 def test_csv_round_trip_and_the_newest_rows(tmp_path):
