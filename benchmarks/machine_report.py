@@ -326,7 +326,8 @@ def write(rows: Sequence[Row], steps: Sequence[tuple[str, dict]], out: Path, nam
         pictures.get("ratios", ""),
         ratio_table(cases),
         "<h2>Scaling</h2><p>time ∝ size<sup>p</sup>, fitted over the upper half of the sizes: below the "
-        "expected exponent where fixed costs still weigh, above it where the data outgrows a cache. Baselines are not compiled here.</p>"
+        "expected exponent where fixed costs still weigh, above it where the data outgrows a cache."
+        + ("</p>" if any(r.provider.endswith(" compiled") for s in sweeps for r in s) else " Baselines are not compiled here.</p>")
         if sweeps
         else "",
         sweep_table(sweeps) if sweeps else "",

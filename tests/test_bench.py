@@ -2,21 +2,19 @@
 
 import dataclasses
 import math
-import os
 import re
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import pytest
 import torch
 
 import wsss_kernels
+from benchmarks import machine_report
 from wsss_kernels import bench, registry
-from wsss_kernels.bench import __main__ as command, about, compare, sweep, timing as measuring
-from wsss_kernels.bench.about import kernel_hash
+from wsss_kernels.bench import __main__ as command, compare, sweep, timing as measuring
 from wsss_kernels.bench.row import MODES, Row
 from wsss_kernels.bench.timing import measure
 
@@ -54,19 +52,6 @@ def test_modes(mode):
     assert [r.provider for r in rows] == ["ours", "eager"] and all(r.gate == "green" and r.mode == mode for r in rows)
     assert rows[0].p20_ms <= rows[0].p50_ms <= rows[0].p80_ms and rows[0].ratio == 1 and rows[0].clock_mhz != 0
     assert (rows[0].roofline is not None) == (mode == "forward" and spec.bytes_moved is not None)
-
-
-def test_what_others_took_of_the_machine_is_told():
-    assert "other processes took 69 %" in bench.text([row(others=0.69)])
-    assert "disturbed" not in bench.text([row(others=0.02)]) + bench.text([row(others=None)])
-    spec, case = case_of("normalize_cam")
-    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-    try:
-        found = measure(spec, case, seconds=0.5)[0].others
-    finally:
-        busy.kill()
-        busy.wait()
-    assert found is None or 0.5 / (os.cpu_count() or 1) < found <= 1
 
 
 def test_a_wrong_baseline_prints_no_figure(monkeypatch):
@@ -267,33 +252,27 @@ def test_a_sweep_and_where_ours_is_slower():
     assert sweep.slower_at([row(provider="eager", ratio=0.5, size=3.0), row(provider="eager", ratio=2.0, size=4.0)]) == [3.0]
 
 
-def test_the_hash_follows_the_sources(tmp_path):
-    for name in ("wsss_kernels/ops/par/api.py", "wsss_kernels/ops/par/spec.py", "csrc/ops/par/par.cpp", "csrc/include/wsss/a.h"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("one")
-    first = kernel_hash("par", tmp_path)
-    (tmp_path / "wsss_kernels/ops/par/spec.py").write_text("two")  # cases do not change a kernel
-    assert kernel_hash("par", tmp_path) == first
-    for name in ("csrc/include/wsss/a.h", "wsss_kernels/ops/par/api.py"):
-        before = kernel_hash("par", tmp_path)
-        (tmp_path / name).write_text("two")
-        assert kernel_hash("par", tmp_path) != before
+def test_a_sweep_with_a_compiled_baseline(monkeypatch, tmp_path):
+    spec = registry.spec("normalize_cam")
+    small = dataclasses.replace(spec.sweeps[0], cases=dict(list(spec.sweeps[0].cases.items())[:2]))
+    compilations = []
+    monkeypatch.setattr(measuring, "compiled", lambda function: compilations.append(1) or function)
+    without = iter([{}, {"eager compiled": "out of memory"}])
+    monkeypatch.setattr(sweep, "too_large", lambda *a: next(without))
+    first, second = (job() for _, job in sweep.jobs(spec, small, seconds=0.1, backend=None, compile=True))
+    assert [r.provider for r in first] == ["ours", "eager", "eager compiled"] == [r.provider for r in second]
+    assert first[2].gate == "green" and first[2].compile_s is not None and len(compilations) == 1
+    assert second[2].gate == "not run: out of memory" and [r.gate for r in second[:2]] == ["green"] * 2
+    for rows, said in (([*first, *second], False), (first[:2], True)):
+        assert ("not compiled here" in machine_report.write(rows, [], tmp_path, "m").read_text()) == said
 
 
-def test_the_hash_follows_how_the_kernels_were_built(tmp_path, monkeypatch):
-    for root in (tmp_path / "clone", tmp_path / "worktree"):
-        for name in ("csrc/ops/par/par.cpp", "setup.py", "wsss_kernels/_triton.py"):
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            (root / name).write_text("one")
-    hashes, available = [kernel_hash("par", root)], about._native.extension is not None
-    assert kernel_hash("par", tmp_path / "clone") == hashes[0]
-    for name in ("setup.py", "wsss_kernels/_triton.py"):
-        (root / name).write_text("two")
-        hashes.append(kernel_hash("par", root))
-    for library in (types.SimpleNamespace(build_info=lambda: "built with another PyTorch"), None):
-        monkeypatch.setattr(about._native, "extension", library)
-        hashes.append(kernel_hash("par", root))
-    assert len(set(hashes)) == (5 if available else 4)
+def test_the_command_passes_on_that_sweeps_are_compiled(monkeypatch):
+    seen = []
+    monkeypatch.setattr(sweep, "measure", lambda spec, case, **more: seen.append(more["compile"]) or [row(case=case.name)])
+    command.main(["--op", "mpfp", "--sweep", "--compiled"])
+    command.main(["--op", "mpfp", "--sweep"])
+    assert set(seen[: len(seen) // 2]) == {True} and set(seen[len(seen) // 2 :]) == {False}
 
 
 def test_csv_round_trip_and_the_newest_rows(tmp_path):

@@ -4,8 +4,6 @@ import contextlib
 import dataclasses
 import importlib
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -119,21 +117,6 @@ def test_a_baseline_whose_module_cannot_be_imported_is_named(monkeypatch, capsys
     assert list(timing.baselines(spec, case)) == ["reference"] and not capsys.readouterr().err
 
 
-def test_the_commit_is_not_that_of_a_repository_around_the_package(tmp_path, monkeypatch):
-    package = tmp_path / "site-packages/wsss_kernels"
-    package.mkdir(parents=True)
-    shutil.copy(about.PACKAGE / "_spec.py", package)
-    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
-    for arguments in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "their own"]):
-        subprocess.run([*git, *arguments], cwd=tmp_path, check=True)
-    monkeypatch.setattr(about, "PACKAGE", package)
-    assert about.commit.__wrapped__() == "installed"
-    subprocess.run(["git", "add", "."], cwd=tmp_path, check=True)
-    assert about.commit.__wrapped__() not in ("", "installed")
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert about.commit.__wrapped__() == "installed"
-
-
 def test_what_is_wrong_is_not_compared(monkeypatch, capsys):
     wanted = []
     monkeypatch.setattr(command, "gate", lambda spec, case: "red: an error" if case.name.startswith("16x") else "green")
@@ -175,24 +158,3 @@ def test_comparison_needs_a_clone(monkeypatch):
     monkeypatch.setattr(about, "commit", lambda: "installed")
     with pytest.raises(ValueError, match="needs a clone of the repository, and git"), compare.checkout("HEAD"):
         pass
-
-
-def test_the_hash_follows_kernels_that_are_taken_from_another_operator(tmp_path):
-    for name, text in {
-        "csrc/ops/walk/walk.h": '#include "ops/scale/scaling.h"\n',
-        "csrc/ops/scale/scaling.h": "1",
-        "wsss_kernels/ops/walk/triton_impl.py": "from ... import _args\nfrom ..map.triton_impl import tile\n",
-        "wsss_kernels/ops/map/triton_impl.py": "1",
-        "wsss_kernels/ops/walk/reference.py": "from ..loss.reference import unit\n",
-        "wsss_kernels/ops/loss/triton_impl.py": "1",
-    }.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    hashes = [about.kernel_hash("walk", tmp_path)]
-    for name in ("csrc/ops/scale/scaling.h", "wsss_kernels/ops/map/triton_impl.py", "wsss_kernels/ops/loss/triton_impl.py"):
-        (tmp_path / name).write_text("2")
-        hashes.append(about.kernel_hash("walk", tmp_path))
-    assert len(set(hashes[:3])) == 3 and hashes[3] == hashes[2]
-    assert about._with_others("random_walk", about.PACKAGE.parent)[0] == "random_walk"
-    if (about.PACKAGE.parent / "csrc").exists():
-        assert {"affinity", "sinkhorn"} < set(about._with_others("random_walk", about.PACKAGE.parent))

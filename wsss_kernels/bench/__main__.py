@@ -28,7 +28,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--all", action="store_true", help="also the long cases")
     parser.add_argument("--mode", choices=MODES, help="instead of each case's own")
     parser.add_argument("--sweep", action="store_true", help="sweeps over each operator's size instead of the cases")
-    parser.add_argument("--compiled", action="store_true", help="also torch.compile of the first baseline (seconds to minutes a case)")
+    parser.add_argument(
+        "--compiled", action="store_true", help="also torch.compile of the first baseline (seconds to minutes a case or size)"
+    )
     parser.add_argument("--seconds", type=float, default=5.0, help="time per case, in seconds (default 5)")
     parser.add_argument(
         "--minutes", type=float, help="time limit: no case, and no size of a sweep, is started after it, and what is left out is named"
@@ -53,11 +55,10 @@ Job = tuple[str, Callable[[], list[Row]]]
 
 def _jobs(options: argparse.Namespace, work: list[tuple[OpSpec, Case]], swept: list[tuple[OpSpec, Sweep]]) -> list[Job]:
     """Names, and functions that measure one case or one size of a sweep."""
-    more = {"seconds": options.seconds, "backend": options.backend}
+    more = {"seconds": options.seconds, "backend": options.backend, "compile": options.compiled}
     if options.sweep:
         return [job for spec, s in swept for job in sweeps.jobs(spec, s, **more)]
-    more |= {"mode": options.mode, "compile": options.compiled}
-    return [(f"{spec.name} {case.name}", functools.partial(measure, spec, case, **more)) for spec, case in work]
+    return [(f"{spec.name} {case.name}", functools.partial(measure, spec, case, mode=options.mode, **more)) for spec, case in work]
 
 
 INTERRUPTED = 130  # exit code
@@ -65,7 +66,7 @@ INTERRUPTED = 130  # exit code
 _WITHOUT = {  # options that would change nothing beside one that chooses what is done
     "tune": ("compare", "sweep", "mode", "compiled", "minutes", "backend", "csv"),
     "compare": ("sweep", "mode", "compiled", "minutes", "backend", "csv"),
-    "sweep": ("case", "all", "mode", "compiled"),
+    "sweep": ("case", "all", "mode"),
 }
 
 

@@ -40,13 +40,15 @@ def too_large(earlier: Sequence[Row], size: float, free: float) -> dict[str, str
     return found
 
 
-def jobs(spec: OpSpec, sweep: Sweep, *, seconds: float, backend: str | None) -> Iterator[tuple[str, Callable[[], list[Row]]]]:
+def jobs(
+    spec: OpSpec, sweep: Sweep, *, seconds: float, backend: str | None, compile: bool = False
+) -> Iterator[tuple[str, Callable[[], list[Row]]]]:
     """A name and a function that measures for each size, ascending; each function expects the smaller sizes to have been run."""
     earlier: list[Row] = []
 
     def one(size: float, case: Case) -> list[Row]:
         without, at = too_large(earlier, size, free_bytes()), (sweep.variable, float(size))
-        rows = measure(spec, case, seconds=seconds, backend=backend, without=without, sweep=at)
+        rows = measure(spec, case, seconds=seconds, backend=backend, compile=compile, without=without, sweep=at)
         earlier.extend(rows)
         return rows
 

@@ -270,6 +270,26 @@ def _rates(spec: OpSpec, args: tuple, kwargs: dict, p50: float) -> dict[str, flo
     }
 
 
+def _slow(name: str, call: float, seconds: float) -> str:
+    """Why a baseline is not compiled that needs this many seconds for a call; empty where it is quick enough."""
+    return (
+        f"not run: one call of {name} needs {call:.3g} s, more than the case's {seconds:g} s (--seconds gives more)"
+        if call > seconds
+        else ""
+    )
+
+
+def _figures(calls: dict[str, Callable], seconds: float, shared: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Times and memory of each provider; `shared` learns what others took of the machine meanwhile."""
+    peaks_mib = {name: peak_memory(call)[0] / 2**20 for name, call in calls.items()}
+    samples, shared["others"] = watched(lambda: alternate(calls, seconds))
+    found = {}
+    for name, times in samples.items():
+        p20, p50, p80 = torch.tensor(times).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+        found[name] = {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "runs": len(times), "peak_mib": peaks_mib[name]}
+    return {name: {**figures, "ratio": figures["p50_ms"] / found["ours"]["p50_ms"]} for name, figures in found.items()}
+
+
 def measure(
     spec: OpSpec,
     case: Case,
@@ -305,20 +325,16 @@ def measure(
         gate = Gate(spec, case, mode)
         error_ratio = gate.check("ours", calls["ours"]())
         for name, function in others.items():
-            call = bind(spec, function, *plain, mode)
             if name not in left_out:
+                call = bind(spec, function, *plain, mode)
                 why, first_call[name] = _admit(gate, name, call)
                 (left_out if why else calls)[name] = why or call
         first = next(iter(others))
-        name = first if compile and getattr(others[first], "compiles", True) else None
-        if name in calls:
-            label, why = f"{name} compiled", ""
-            if first_call[name] > seconds:
-                why = (
-                    f"not run: one call of {name} needs {first_call[name]:.3g} s, more than the case's {seconds:g} s (--seconds gives more)"
-                )
-            else:
-                call = bind(spec, compiled(others[name]), *plain, mode)
+        label = f"{first} compiled"
+        if compile and first in calls and label not in left_out and getattr(others[first], "compiles", True):
+            why = _slow(first, first_call[first], seconds)
+            if not why:
+                call = bind(spec, compiled(others[first]), *plain, mode)
                 why, first_call[label] = _admit_compiled(gate, label, call)
             (left_out if why else calls)[label] = why or call
     except AssertionError as error:
@@ -327,15 +343,10 @@ def measure(
         if not out_of_memory(error):
             raise
         return [_empty(shared, "ours", f"not run: out of memory: {_first_line(error)}")]
-    peaks_mib = {name: peak_memory(call)[0] / 2**20 for name, call in calls.items()}
-    samples, shared["others"] = watched(lambda: alternate(calls, seconds))
-    times = {name: torch.tensor(t) for name, t in samples.items()}
-    ours = float(times["ours"].quantile(0.5))
+    found = _figures(calls, seconds, shared)
     rows = []
-    for name, t in times.items():
-        p20, p50, p80 = (float(t.quantile(q)) for q in (0.2, 0.5, 0.8))
-        figures = {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "runs": len(t), "peak_mib": peaks_mib[name], "error_ratio": error_ratio}
-        figures |= {"ratio": p50 / ours, "compile_s": first_call[name] if name.endswith(" compiled") else None}
-        figures |= _rates(spec, args, kwargs, p50) if name == "ours" and mode == "forward" else {}
+    for name, figures in found.items():
+        figures |= {"error_ratio": error_ratio, "compile_s": first_call[name] if name.endswith(" compiled") else None}
+        figures |= _rates(spec, args, kwargs, figures["p50_ms"]) if name == "ours" and mode == "forward" else {}
         rows.append(dataclasses.replace(_empty(shared, name, "green"), **figures))
     return rows + [_empty(shared, name, why) for name, why in left_out.items()]
