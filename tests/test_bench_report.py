@@ -120,9 +120,17 @@ def test_the_reference_backend_has_no_share_that_nobody_measured():
     step = {"median_seconds": 0.2, "operator_share": 0.5, "peak_bytes": 2**20, "seconds": [9.0, 9.0, 0.1, 0.2, 0.2, 0.2, 0.3, 0.3]}
     axis = training_steps.chart(pyplot, [("gland network", {"fused": step, "reference": {**step, "operator_share": 0.0}})]).axes[0]
     labels = [text.get_text() for text in axis.get_legend().get_texts()]
-    assert labels == ["whole step with the reference backend", "operators of wsss_kernels", "everything else"]
+    whole = "whole step, reference backend (operators not measured)"
+    assert labels == [whole, "operators of wsss_kernels", "everything else"]
     assert [t.get_text() for t in axis.texts] == [" reference: 200 ms, 1 MiB", " fused: 200 ms (operators 50 %), 1 MiB"]
     assert [list(line.get_xdata()) for line in axis.lines] == [[200.0, 300.0]] * 2
+    axis = training_steps.chart(pyplot, [("gland network", {"fused": step, "reference": {**step, "operator_share": 0.75}})]).axes[0]
+    assert axis.texts[0].get_text() == " reference: 200 ms (operators 75 %), 1 MiB"
+    assert "the same operators, reference backend" in {text.get_text() for text in axis.get_legend().get_texts()}
+    assert [bar.get_width() for bar in axis.patches] == pytest.approx([150, 50, 100, 100])
+    nothing = {**step, "operator_share": 0.0}
+    axis = training_steps.chart(pyplot, [("gland network", {"fused": nothing, "reference": nothing})]).axes[0]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["everything else"]
     pyplot.close("all")
 
 
