@@ -21,12 +21,21 @@ _WHOLE = ("#8fa8c2", "whole step, reference backend (operators not measured)")
 
 
 def read(folders: Sequence[Path]) -> list[tuple[str, dict]]:
-    """(method and stage, what `benchmarks/end_to_end.py` measured) of every `.json` in the folders."""
+    """(method and stage, what `benchmarks/end_to_end.py` measured) of every `.json` in the folders.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
     found = []
     for folder in folders:
         for path in sorted(folder.rglob("*.json")):
-            record = json.loads(path.read_text(encoding="utf-8"))
-            if {"fused", "reference"} <= set(record):
+            try:
+                record = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(
+                    f"{path}: is not a result of benchmarks/end_to_end.py ({error}); measure it again, or remove it"
+                ) from error
+            if isinstance(record, dict) and {"fused", "reference"} <= set(record):
                 found.append((f"{record['method']} {path.stem}" if "method" in record else path.stem, record))
     return found
 

@@ -6,7 +6,7 @@ import re
 import pytest
 from test_bench import row
 
-from benchmarks import machine_report, report as readme, training_steps
+from benchmarks import gpu, machine_report, report as readme, training_steps
 from wsss_kernels import bench, registry
 
 
@@ -177,3 +177,33 @@ def test_report_of_what_is_no_csv(tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             machine_report.main([str(tmp_path / name)])
         assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_training_steps_that_cannot_be_read(tmp_path, monkeypatch, capsys):
+    bench.append([row()], tmp_path / "a.csv")
+    folder = tmp_path / "steps"
+    folder.mkdir()
+    (folder / "list.json").write_text("[{}]")  # of something else
+    assert training_steps.read([folder]) == []
+    (folder / "half.json").write_text('{"fused": {')
+    arguments = [str(tmp_path / "a.csv"), "--out", str(tmp_path), "--end-to-end"]
+    for wrong, message in ((folder, "half.json: is not a result"), (tmp_path / "stepz", "there is no folder")):
+        with pytest.raises(SystemExit) as stop:
+            machine_report.main([*arguments, str(wrong)])
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_csv_that_may_not_be_read(tmp_path, monkeypatch, capsys):
+    def refuse(path):
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(machine_report, "read", refuse)
+    with pytest.raises(SystemExit):
+        machine_report.main([str(tmp_path / "a.csv")])
+    assert "cannot be read: not yours" in capsys.readouterr().err
+
+
+def test_a_damaged_summary_of_make_gpu_is_named(tmp_path):
+    (tmp_path / "summary.json").write_text('{"steps": [')
+    with pytest.raises(SystemExit, match="summary.json is damaged; remove it"):
+        gpu.Run(tmp_path, {}, 1.0)

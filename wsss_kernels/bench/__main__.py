@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from .. import bench, registry
+from .._dispatch import BACKENDS
 from .._spec import Case, OpSpec, Sweep
 from ..tune import tune
 from . import compare, sweep as sweeps
@@ -22,7 +23,9 @@ from .timing import gate, measure
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m wsss_kernels.bench", description=(bench.__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m wsss_kernels.bench", description=(bench.__doc__ or "").split("\n")[0], allow_abbrev=False
+    )
     parser.add_argument("--op", action="append", help="an operator's name; repeatable (default: all)")
     parser.add_argument("--case", help="only cases whose name contains this text")
     parser.add_argument("--all", action="store_true", help="also the long cases")
@@ -35,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--minutes", type=float, help="time limit: no case, and no size of a sweep, is started after it, and what is left out is named"
     )
-    parser.add_argument("--backend", help="as in the operators")
+    parser.add_argument("--backend", choices=BACKENDS, help="of ours, as in the operators")
     parser.add_argument(
         "--tune", action="store_true", help="find the fastest launch configurations of the Triton kernels for this GPU instead"
     )
@@ -48,6 +51,12 @@ def _progress(done: int, count: int, name: str) -> None:
     if sys.stderr.isatty():
         filled = round(20 * done / count)
         print(f"\r\033[K[{'#' * filled}{'.' * (20 - filled)}] {done}/{count} {name}", end="", file=sys.stderr, flush=True)
+
+
+def _clear() -> None:
+    """Takes the bar away, so that what is printed next does not stand behind it."""
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 Job = tuple[str, Callable[[], list[Row]]]
@@ -104,11 +113,11 @@ def main(argv: list[str] | None = None) -> int:
     """Exit code 0; 1 if a gate is red or a case failed; 2 for wrong use; 130 if interrupted."""
     parser = _parser()
     options = parser.parse_args(argv)
-    if options.seconds <= 0 or (options.minutes is not None and options.minutes <= 0):
+    if not options.seconds > 0 or (options.minutes is not None and not options.minutes > 0):
         parser.error("--seconds and --minutes must be greater than 0")
     _refuse_without_effect(parser, options)
     try:
-        chosen = [registry.spec(name) for name in options.op] if options.op else list(registry.specs())
+        chosen = [registry.spec(name) for name in dict.fromkeys(options.op)] if options.op else list(registry.specs())
     except ValueError as error:
         parser.error(str(error))
     work = [(spec, case) for spec in chosen for case in spec.cases if (case.quick or options.all) and (options.case or "") in case.name]
@@ -119,6 +128,17 @@ def main(argv: list[str] | None = None) -> int:
     swept = sorted(((spec, s) for spec in chosen for s in spec.sweeps), key=lambda found: found[0].sweeps.index(found[1]))
     if not (swept if options.sweep else work):
         parser.error("no case matches")
+    try:
+        return _do(parser, options, work, swept)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _do(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, work: list[tuple[OpSpec, Case]], swept: list[tuple[OpSpec, Sweep]]
+) -> int:
+    """The exit code."""
     try:
         if options.tune:
             print(f"written to {tune(work)}")
@@ -144,14 +164,15 @@ def main(argv: list[str] | None = None) -> int:
         try:
             rows = job()
         except KeyboardInterrupt:
+            _clear()
             print(f"interrupted; left out: {', '.join(n for n, _ in jobs[done:])}", file=sys.stderr)
             return INTERRUPTED
         except Exception as error:  # the other cases are measured all the same
+            _clear()
             print(f"{name}: failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}", file=sys.stderr)
             red = True
             continue
-        if sys.stderr.isatty():
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        _clear()
         print(text(rows), flush=True)
         red |= any(row.gate.startswith("red") for row in rows)
         if csv:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 
@@ -20,7 +22,17 @@ def free_bytes() -> float:
     """Memory that a call may use on the device that is measured."""
     if torch.cuda.is_available():
         return float(torch.cuda.mem_get_info()[0])
-    return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) if hasattr(os, "sysconf") else math.inf
+    try:  # what is not used at all is little on a machine that has read files: the kernel gives their cache back
+        found = re.search(r"^MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    if found:
+        return 1024.0 * int(found.group(1))
+    return (
+        float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        if "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", ())
+        else math.inf
+    )
 
 
 def too_large(earlier: Sequence[Row], size: float, free: float) -> dict[str, str]:
