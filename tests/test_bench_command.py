@@ -203,6 +203,14 @@ def test_values_that_mean_nothing_are_refused(measured, wrong):
     assert stop.value.code == 2 and not measured
 
 
+def test_where_no_case_matches_the_long_ones_are_pointed_to(measured, capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--op", "uncertainty_info_nce"])
+    assert "no case matches; --all takes the long ones, too" in capsys.readouterr().err
+    command.main(["--op", "uncertainty_info_nce", "--all"])
+    assert measured
+
+
 def test_an_operator_that_is_named_twice_is_measured_once(measured):
     command.main(["--op", "mpfp", "--op", "mpfp"])
     assert len(measured) == len(set(measured)) > 0

@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
         work = [(spec, case) for spec, case in work if spec.gradients]
     swept = sorted(((spec, s) for spec in chosen for s in spec.sweeps), key=lambda found: found[0].sweeps.index(found[1]))
     if not (swept if options.sweep else work):
-        parser.error("no case matches")
+        parser.error("no case matches" + ("" if options.all else "; --all takes the long ones, too"))
     try:
         return _do(parser, options, work, swept)
     except KeyboardInterrupt:
