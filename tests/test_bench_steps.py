@@ -22,12 +22,17 @@ def _step(operator: bool, other: int):
     return step
 
 
+def _shares(step):
+    return [share_of_operators(step) for _ in range(5)]
+
+
 @pytest.mark.parametrize(("backend", "least"), [("reference", 0.85), (None, 0.5)])
 def test_the_share_of_a_backend_forward_and_backward(backend, least):
     with wsss_kernels.use_backend(backend):
         assert share_of_operators(_step(False, 300)) == 0
-        assert share_of_operators(_step(True, 1000)) < 0.9
-        assert share_of_operators(_step(True, 8)) > least  # the reference's forward alone is below
+        # several times: other processes interrupt a step of a millisecond
+        assert min(_shares(_step(True, 1000))) < 0.9
+        assert max(_shares(_step(True, 8))) > least  # the reference's forward alone is below
 
 
 def test_the_reference_is_as_before_when_the_share_is_measured():
