@@ -24,13 +24,14 @@ import torch  # noqa: E402  (the clone must come first on the path)
 from accelerate.utils import send_to_device  # noqa: E402
 
 import wsss_kernels as wk  # noqa: E402
+from benchmarks.operator_share import share_of_operators  # noqa: E402
+from benchmarks.training_steps import WARM_UP  # noqa: E402
 from wsss_kernels.testing import peak_memory  # noqa: E402
 from wsss_models.engine import Context, Stage, Training, config as configs, run as runs, stream  # noqa: E402
 from wsss_models.engine.method import find  # noqa: E402
 from wsss_models.errors import InputError, UsageError  # noqa: E402
 
 BACKENDS = {"fused": None, "reference": "reference"}
-_WARM_UP = 2
 
 
 def _synchronize() -> None:
@@ -66,16 +67,6 @@ class Steps:
         return float(loss.detach())
 
 
-def share_of_operators(step: Steps) -> float:
-    """The operators' part of one step's time, from the profiler."""
-    with torch.profiler.profile() as profiler:
-        step()
-    gpu = torch.cuda.is_available()
-    times = [(e.key, e.self_device_time_total if gpu else e.self_cpu_time_total) for e in profiler.key_averages()]
-    total = sum(t for _, t in times)
-    return sum(t for key, t in times if key.startswith("wsss::")) / total if total else 0.0
-
-
 def measure(context: Context, stage: Stage, steps: int) -> dict[str, dict[str, Any]]:
     """Of each backend loss and seconds of each step, peak bytes and share of one further step each. The backends take turns, step
     by step, so that a neighbour on the machine disturbs both."""
@@ -94,7 +85,7 @@ def measure(context: Context, stage: Stage, steps: int) -> dict[str, dict[str, A
                 found[name]["seconds"].append(time.perf_counter() - started)
     for name, backend in BACKENDS.items():
         values = found[name]
-        values["median_seconds"] = statistics.median(values["seconds"][_WARM_UP:] or values["seconds"])
+        values["median_seconds"] = statistics.median(values["seconds"][WARM_UP:] or values["seconds"])
         with wk.use_backend(backend):
             values["peak_bytes"], _ = peak_memory(runners[name])
             values["operator_share"] = share_of_operators(runners[name])

@@ -60,7 +60,10 @@ class Run:
         self.steps: dict[str, dict] = {}
         summary = out / "summary.json"
         if summary.exists():
-            self.steps = {step["name"]: step for step in json.loads(summary.read_text())["steps"]}
+            try:
+                self.steps = {step["name"]: step for step in json.loads(summary.read_text())["steps"]}
+            except (ValueError, KeyError, TypeError):  # a run was stopped while it wrote
+                raise SystemExit(f"{summary} is damaged; remove it") from None
         self.failed = False
 
     def run(self, steps: Sequence[Step], jobs: int = 1) -> None:
@@ -202,6 +205,8 @@ def benchmark_cases() -> dict[str, list[tuple[str, str]]]:
     code += "print(json.dumps([(s.folder, s.name, c.name) for s in registry.specs() for c in s.cases if c.quick]))"
     answer = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     found: dict[str, list[tuple[str, str]]] = {}
+    if answer.returncode:
+        print(f"the cases cannot be listed: {answer.stderr[-500:]}", file=sys.stderr)
     if answer.returncode == 0:
         for folder, name, case in json.loads(answer.stdout.splitlines()[-1]):
             found.setdefault(folder, []).append((name, case))

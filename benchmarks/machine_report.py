@@ -26,6 +26,7 @@ from wsss_kernels import registry  # noqa: E402
 from wsss_kernels.bench import Row, exponent, headline, reached, read  # noqa: E402
 from wsss_kernels.bench.sweep import slower_at  # noqa: E402
 
+STEPS = ROOT / "benchmarks/results/end_to_end"
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }
 h1 { font-size: 1.6rem } h2 { font-size: 1.25rem; margin-top: 2.2rem }
@@ -89,6 +90,7 @@ def ratio_table(cases: Sequence[list[Row]]) -> str:
         "roofline",
         "error / allowed",
         "cores to others",
+        "backend",
         "kernels",
         "commit",
     ]
@@ -117,7 +119,8 @@ def ratio_table(cases: Sequence[list[Row]]) -> str:
             _figure(100 * ours.roofline, " %") if ours.roofline is not None else "",
             _figure(ours.error_ratio),
             _figure(100 * ours.others, " %") if ours.others is not None else "",
-            ours.kernels,
+            html.escape(ours.backend),
+            html.escape(ours.kernels),
             html.escape(ours.commit),
         ]
         lines.append(f"{name}{''.join(f'<td>{c}</td>' for c in cells)}")
@@ -168,7 +171,7 @@ def sweep_table(sweeps: Sequence[list[Row]]) -> str:
             _figure(exponent(rows, first)),
             ", ".join(f"{s:g}" for s in slower_at(rows)) or ("none of these" if _compared(rows) else "no baseline was run"),
         ]
-        name = f"<td>{html.escape(rows[0].op)}</td><td>{html.escape(rows[0].sweep)}</td><td>{rows[0].mode}</td>"
+        name = f"<td>{html.escape(rows[0].op)}</td><td>{html.escape(rows[0].sweep)}</td><td>{html.escape(rows[0].mode)}</td>"
         lines.append(f"{name}{''.join(f'<td>{c}</td>' for c in cells)}")
     return _table(titles, lines)
 
@@ -324,7 +327,8 @@ def write(rows: Sequence[Row], steps: Sequence[tuple[str, dict]], out: Path, nam
         pictures.get("ratios", ""),
         ratio_table(cases),
         "<h2>Scaling</h2><p>time ∝ size<sup>p</sup>, fitted over the upper half of the sizes: below the "
-        "expected exponent where fixed costs still weigh, above it where the data outgrows a cache. Baselines are not compiled here.</p>"
+        "expected exponent where fixed costs still weigh, above it where the data outgrows a cache."
+        + ("</p>" if any(r.provider.endswith(" compiled") for s in sweeps for r in s) else " Baselines are not compiled here.</p>")
         if sweeps
         else "",
         sweep_table(sweeps) if sweeps else "",
@@ -353,7 +357,7 @@ def main(argv: list[str] | None = None) -> int:
     """Exit code 0; 2 for wrong use."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("csv", type=Path, help="a file of `make bench`, or a folder: the newest one in it")
-    parser.add_argument("--end-to-end", type=Path, nargs="*", default=[ROOT / "benchmarks/results/end_to_end"], metavar="FOLDER")
+    parser.add_argument("--end-to-end", type=Path, nargs="*", metavar="FOLDER", help="default: benchmarks/results/end_to_end")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/reports")
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="also bench_time.png and bench_memory.png, for the README")
     options = parser.parse_args(argv)
@@ -363,12 +367,20 @@ def main(argv: list[str] | None = None) -> int:
         rows = read(options.csv)
     except FileNotFoundError:
         parser.error(f"{options.csv}: there is no such file; `make bench` writes one")
+    except OSError as error:
+        parser.error(f"{options.csv}: cannot be read: {error}")
     except (KeyError, ValueError, TypeError) as error:
         parser.error(f"{options.csv}: is not a CSV of `make bench` ({error})")
     if not rows:
         parser.error(f"{options.csv}: holds no rows")
+    if absent := [str(folder) for folder in options.end_to_end or () if not folder.is_dir()]:
+        parser.error(f"--end-to-end: there is no folder {', '.join(absent)}")
     try:
-        path = write(rows, training_steps.read([f for f in options.end_to_end if f.is_dir()]), options.out, options.csv.stem)
+        steps = training_steps.read([STEPS] if options.end_to_end is None else options.end_to_end)
+    except ValueError as error:
+        parser.error(str(error))
+    try:
+        path = write(rows, steps, options.out, options.csv.stem)
         if options.images:
             write_images(rows, options.images)
     except ImportError:

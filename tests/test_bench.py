@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 import re
 import subprocess
 import sys
@@ -12,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import wsss_kernels
+from benchmarks import machine_report
 from wsss_kernels import bench, registry
 from wsss_kernels.bench import __main__ as command, compare, sweep, timing as measuring
-from wsss_kernels.bench.about import kernel_hash
-from wsss_kernels.bench.timing import MODES, Row, measure
+from wsss_kernels.bench.row import MODES, Row
+from wsss_kernels.bench.timing import measure
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -51,19 +52,6 @@ def test_modes(mode):
     assert [r.provider for r in rows] == ["ours", "eager"] and all(r.gate == "green" and r.mode == mode for r in rows)
     assert rows[0].p20_ms <= rows[0].p50_ms <= rows[0].p80_ms and rows[0].ratio == 1 and rows[0].clock_mhz != 0
     assert (rows[0].roofline is not None) == (mode == "forward" and spec.bytes_moved is not None)
-
-
-def test_what_others_took_of_the_machine_is_told():
-    assert "other processes took 69 %" in bench.text([row(others=0.69)])
-    assert "disturbed" not in bench.text([row(others=0.02)]) + bench.text([row(others=None)])
-    spec, case = case_of("normalize_cam")
-    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-    try:
-        found = measure(spec, case, seconds=0.5)[0].others
-    finally:
-        busy.kill()
-        busy.wait()
-    assert found is None or 0.5 / (os.cpu_count() or 1) < found <= 1
 
 
 def test_a_wrong_baseline_prints_no_figure(monkeypatch):
@@ -264,17 +252,27 @@ def test_a_sweep_and_where_ours_is_slower():
     assert sweep.slower_at([row(provider="eager", ratio=0.5, size=3.0), row(provider="eager", ratio=2.0, size=4.0)]) == [3.0]
 
 
-def test_the_hash_follows_the_sources(tmp_path):
-    for name in ("wsss_kernels/ops/par/api.py", "wsss_kernels/ops/par/spec.py", "csrc/ops/par/par.cpp", "csrc/include/wsss/a.h"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("one")
-    first = kernel_hash("par", tmp_path)
-    (tmp_path / "wsss_kernels/ops/par/spec.py").write_text("two")  # cases do not change a kernel
-    assert kernel_hash("par", tmp_path) == first
-    for name in ("csrc/include/wsss/a.h", "wsss_kernels/ops/par/api.py"):
-        before = kernel_hash("par", tmp_path)
-        (tmp_path / name).write_text("two")
-        assert kernel_hash("par", tmp_path) != before
+def test_a_sweep_with_a_compiled_baseline(monkeypatch, tmp_path):
+    spec = registry.spec("normalize_cam")
+    small = dataclasses.replace(spec.sweeps[0], cases=dict(list(spec.sweeps[0].cases.items())[:2]))
+    compilations = []
+    monkeypatch.setattr(measuring, "compiled", lambda function: compilations.append(1) or function)
+    without = iter([{}, {"eager compiled": "out of memory"}])
+    monkeypatch.setattr(sweep, "too_large", lambda *a: next(without))
+    first, second = (job() for _, job in sweep.jobs(spec, small, seconds=0.1, backend=None, compile=True))
+    assert [r.provider for r in first] == ["ours", "eager", "eager compiled"] == [r.provider for r in second]
+    assert first[2].gate == "green" and first[2].compile_s is not None and len(compilations) == 1
+    assert second[2].gate == "not run: out of memory" and [r.gate for r in second[:2]] == ["green"] * 2
+    for rows, said in (([*first, *second], False), (first[:2], True)):
+        assert ("not compiled here" in machine_report.write(rows, [], tmp_path, "m").read_text()) == said
+
+
+def test_the_command_passes_on_that_sweeps_are_compiled(monkeypatch):
+    seen = []
+    monkeypatch.setattr(sweep, "measure", lambda spec, case, **more: seen.append(more["compile"]) or [row(case=case.name)])
+    command.main(["--op", "mpfp", "--sweep", "--compiled"])
+    command.main(["--op", "mpfp", "--sweep"])
+    assert set(seen[: len(seen) // 2]) == {True} and set(seen[len(seen) // 2 :]) == {False}
 
 
 def test_csv_round_trip_and_the_newest_rows(tmp_path):
@@ -292,6 +290,26 @@ def test_csv_round_trip_and_the_newest_rows(tmp_path):
     path.write_text("op,case\npar,a\n")
     with pytest.raises(ValueError, match="has the columns of another version"):
         bench.append([row()], path)
+
+
+def test_a_csv_from_before_the_newest_columns_is_read_but_takes_no_rows(tmp_path):
+    path = tmp_path / "m.csv"
+    bench.append([row(others=0.25), row(provider="eager", ratio=2.0)], path)
+    old = "".join(line.rpartition(",")[0] + "\n" for line in path.read_text().splitlines())
+    path.write_text(old)
+    assert [(r.backend, r.others) for r in bench.read(path)] == [("", 0.25), ("", None)]
+    with pytest.raises(ValueError, match="has the columns of another version; move it away"):
+        bench.append([row(backend="cpu")], path)
+    assert path.read_text() == old
+
+
+def test_a_row_says_which_backend_was_measured():
+    spec, case = case_of("normalize_cam")
+    for backend in ("reference", None):
+        rows = measure(spec, case, seconds=0.01, backend=backend)
+        args, kwargs = case.make()
+        chosen = backend or wsss_kernels.explain(spec.name, *args, **kwargs).chosen
+        assert {r.backend for r in rows} == {chosen} and f" ours ({chosen}) " in bench.text(rows)
 
 
 def test_the_command(tmp_path, capsys):

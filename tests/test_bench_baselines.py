@@ -1,12 +1,17 @@
 """The baselines of the benchmark."""
 
+import types
+
 import pytest
 import torch
 
+from benchmarks import test_cpu
 from benchmarks.baselines import kmeans, random_walk
 from wsss_kernels import registry
+from wsss_kernels._spec import Case, rand
 from wsss_kernels.bench import timing
-from wsss_kernels.testing import flatten
+from wsss_kernels.bench.row import MODES
+from wsss_kernels.testing import flatten, gradient_tensors
 
 CHEAP = (
     "box_mask",
@@ -45,6 +50,30 @@ def test_baselines_of_numpy_take_what_a_gpu_gives(name, monkeypatch):
     for baseline in timing.baselines(spec, case).values():
         copied.clear()
         baseline(*args, **kwargs)
+
+
+@pytest.mark.parametrize("name", ["mpfp", "normalize_cam", "box_mask"])
+def test_pytest_benchmark_times_the_gradients_that_a_case_is_meant_with(name):
+    spec = registry.spec(name)
+    for case in [case for case in spec.cases if case.quick]:
+        calls = []
+        benchmark = types.SimpleNamespace(pedantic=lambda call, calls=calls, **more: calls.append(call()))
+        test_cpu.test_speed(benchmark, spec, case)
+        args, kwargs = case.make()
+        gradients = len(gradient_tensors(spec, None, args, kwargs)) if case.backward else 0
+        assert len(calls[0]) == len(flatten(spec.public(*args, **kwargs))) + gradients
+
+
+def test_the_baselines_of_par_have_the_gradient_of_the_mask(monkeypatch):
+    monkeypatch.setattr(timing, "peaks", lambda: (1.0, 1.0))
+    spec = registry.spec("par")
+    case = Case("small", lambda: ((rand(1, 3, 9, 8).float(), rand(1, 2, 9, 8, seed=1).float()), {"dilations": (1, 2), "num_iter": 2}))
+    for mode in MODES:
+        assert [(r.provider, r.gate) for r in timing.measure(spec, case, seconds=0.01, mode=mode)] == [
+            ("ours", "green"),
+            ("eager", "green"),
+            ("pad_and_slice", "green"),
+        ]
 
 
 def test_the_rewrite_of_the_random_walk_walks_the_same():

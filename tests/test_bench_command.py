@@ -3,17 +3,18 @@
 import contextlib
 import dataclasses
 import importlib
+import os
 import re
-import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from test_bench import case_of, row
 
 from benchmarks import run
-from wsss_kernels import bench
-from wsss_kernels.bench import __main__ as command, about, compare, timing
+from wsss_kernels import bench, registry
+from wsss_kernels.bench import __main__ as command, about, compare, sweep, timing
 
 
 @pytest.fixture
@@ -104,7 +105,7 @@ def test_ours_out_of_memory_says_so():
     assert only.gate.startswith("not run: out of memory") and only.provider == "ours"
 
 
-def test_a_baseline_whose_module_cannot_be_imported_is_named(monkeypatch, capsys):
+def test_a_baseline_whose_module_cannot_be_imported_is_named(monkeypatch, capsys, tmp_path):
     spec, case = case_of("box_mask")
 
     def without(missing):
@@ -116,22 +117,8 @@ def test_a_baseline_whose_module_cannot_be_imported_is_named(monkeypatch, capsys
     monkeypatch.setattr(importlib, "import_module", without("cv2"))
     assert list(timing.baselines(spec, case)) == ["reference"] and "No module named 'cv2'" in capsys.readouterr().err
     monkeypatch.setattr(importlib, "import_module", without("benchmarks"))
+    monkeypatch.setattr(timing, "PACKAGE", tmp_path / "wsss_kernels")  # installed
     assert list(timing.baselines(spec, case)) == ["reference"] and not capsys.readouterr().err
-
-
-def test_the_commit_is_not_that_of_a_repository_around_the_package(tmp_path, monkeypatch):
-    package = tmp_path / "site-packages/wsss_kernels"
-    package.mkdir(parents=True)
-    shutil.copy(about.PACKAGE / "_spec.py", package)
-    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
-    for arguments in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "their own"]):
-        subprocess.run([*git, *arguments], cwd=tmp_path, check=True)
-    monkeypatch.setattr(about, "PACKAGE", package)
-    assert about.commit.__wrapped__() == "installed"
-    subprocess.run(["git", "add", "."], cwd=tmp_path, check=True)
-    assert about.commit.__wrapped__() not in ("", "installed")
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert about.commit.__wrapped__() == "installed"
 
 
 def test_what_is_wrong_is_not_compared(monkeypatch, capsys):
@@ -177,22 +164,97 @@ def test_comparison_needs_a_clone(monkeypatch):
         pass
 
 
-def test_the_hash_follows_kernels_that_are_taken_from_another_operator(tmp_path):
-    for name, text in {
-        "csrc/ops/walk/walk.h": '#include "ops/scale/scaling.h"\n',
-        "csrc/ops/scale/scaling.h": "1",
-        "wsss_kernels/ops/walk/triton_impl.py": "from ... import _args\nfrom ..map.triton_impl import tile\n",
-        "wsss_kernels/ops/map/triton_impl.py": "1",
-        "wsss_kernels/ops/walk/reference.py": "from ..loss.reference import unit\n",
-        "wsss_kernels/ops/loss/triton_impl.py": "1",
-    }.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    hashes = [about.kernel_hash("walk", tmp_path)]
-    for name in ("csrc/ops/scale/scaling.h", "wsss_kernels/ops/map/triton_impl.py", "wsss_kernels/ops/loss/triton_impl.py"):
-        (tmp_path / name).write_text("2")
-        hashes.append(about.kernel_hash("walk", tmp_path))
-    assert len(set(hashes[:3])) == 3 and hashes[3] == hashes[2]
-    assert about._with_others("random_walk", about.PACKAGE.parent)[0] == "random_walk"
-    if (about.PACKAGE.parent / "csrc").exists():
-        assert {"affinity", "sinkhorn"} < set(about._with_others("random_walk", about.PACKAGE.parent))
+def test_the_baselines_of_a_clone_are_found_from_any_folder(tmp_path):
+    code = f"""import sys
+sys.path.insert(0, {str(about.PACKAGE.parent)!r})
+from wsss_kernels import registry
+del sys.path[0]
+from wsss_kernels.bench import timing
+spec = registry.spec("mpfp")
+print(list(timing.baselines(spec, spec.cases[0])))"""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "['eager']", done.stderr
+
+
+def test_memory_that_holds_files_is_free(tmp_path, monkeypatch):
+    (tmp_path / "meminfo").write_text("MemFree:    100 kB\nMemAvailable:    2048 kB\n")
+    monkeypatch.setattr(sweep, "Path", lambda name: tmp_path / "meminfo")
+    monkeypatch.setattr(sweep.torch.cuda, "is_available", lambda: False)
+    assert sweep.free_bytes() == 2**21
+    (tmp_path / "meminfo").unlink()
+    assert sweep.free_bytes() > 2**21
+
+
+@pytest.mark.parametrize("what", [["--compare", "HEAD"], ["--tune"]])
+def test_what_is_interrupted_before_the_cases_ends_without_a_traceback(monkeypatch, capsys, what):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "_compare", interrupt)
+    monkeypatch.setattr(command, "tune", interrupt)
+    assert command.main(["--op", "mpfp", *what]) == 130 and "interrupted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", [["--seconds", "nan"], ["--minutes", "nan"], ["--backend", "nothing"], ["--swee"]])
+def test_values_that_mean_nothing_are_refused(measured, wrong):
+    with pytest.raises(SystemExit) as stop:
+        command.main(["--op", "mpfp", *wrong])
+    assert stop.value.code == 2 and not measured
+
+
+def test_where_no_case_matches_the_long_ones_are_pointed_to(measured, capsys):
+    name = next(case.name for spec in registry.specs() for case in spec.cases if not case.quick)
+    with pytest.raises(SystemExit):
+        command.main(["--case", name])
+    assert "no case matches; --all takes the long ones, too" in capsys.readouterr().err
+    command.main(["--case", name, "--all"])
+    assert measured == [name]
+
+
+def test_an_operator_that_is_named_twice_is_measured_once(measured):
+    command.main(["--op", "mpfp", "--op", "mpfp"])
+    assert len(measured) == len(set(measured)) > 0
+
+
+def test_what_the_sweeps_do_not_take_is_for_the_cases_alone(monkeypatch):
+    calls = []
+    monkeypatch.setattr(command, "main", lambda argv: calls.append(argv) or 0)
+    monkeypatch.setattr(run.machine_report, "main", lambda argv: 0)
+    run.main(["--all", "--compiled", "--minutes", "3"])
+    cases, sweeps = calls
+    assert "--all" in cases and not {"--all", "--compiled"} & set(sweeps) and sweeps[-2:] == ["--minutes", "3"]
+
+
+def test_a_case_that_fails_is_not_compared_and_does_not_end_the_others(monkeypatch, capsys):
+    spec, case = case_of("normalize_cam")
+
+    def fail(*args, **kwargs):
+        raise TypeError("a mistake\nand more")
+
+    fail.__module__ = spec.public.__module__
+    assert timing.gate(dataclasses.replace(spec, public=fail), case) == "failed: TypeError: a mistake"
+
+
+def test_the_bar_is_taken_away_before_a_failure_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(command, "measure", lambda spec, case, **more: 1 / 0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    command.main(["--op", "mpfp"])
+    assert "\r\033[Kmpfp 16x2x28x28: failed: ZeroDivisionError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["bytes", "an open quote", "a word for a number", "nothing for a number"])
+def test_a_damaged_csv_is_a_value_error_that_names_the_line(tmp_path, damage):
+    path = tmp_path / "a.csv"
+    bench.append([row(), row(case="b", p50_ms=7.25)], path)
+    text = path.read_text()
+    if damage == "bytes":
+        path.write_bytes(b"\xff\xfe\x00" * 100)
+        with pytest.raises(ValueError, match="is no CSV"):
+            bench.append([row()], path)
+    elif damage == "an open quote":
+        path.write_text(text + '"' + "x" * 200_000 + "\n")
+    else:
+        path.write_text(text.replace(",7.25,", ",seven," if damage == "a word for a number" else ",,"))
+    with pytest.raises(ValueError, match=r"^line \d"):
+        bench.read(path)

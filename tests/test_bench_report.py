@@ -6,7 +6,7 @@ import re
 import pytest
 from test_bench import row
 
-from benchmarks import machine_report, report as readme, training_steps
+from benchmarks import gpu, machine_report, report as readme, training_steps
 from wsss_kernels import bench, registry
 
 
@@ -103,6 +103,11 @@ def test_cases_without_a_row_are_named(tmp_path):
     assert not machine_report.not_measured(rows)
 
 
+def test_the_report_shows_the_backend():
+    assert "<td>tri&lt;ton</td>" in machine_report.ratio_table([[row(backend="tri<ton")]])
+    assert machine_report.ratio_table([[row()]]).count("<td") == machine_report.ratio_table([[row()]]).count("<th>")
+
+
 def test_a_sweep_without_a_baseline_says_so():
     alone = [row(sweep="N", size=n) for n in (1.0, 2.0)]
     assert "no baseline was run" in machine_report.sweep_table([alone])
@@ -115,9 +120,17 @@ def test_the_reference_backend_has_no_share_that_nobody_measured():
     step = {"median_seconds": 0.2, "operator_share": 0.5, "peak_bytes": 2**20, "seconds": [9.0, 9.0, 0.1, 0.2, 0.2, 0.2, 0.3, 0.3]}
     axis = training_steps.chart(pyplot, [("gland network", {"fused": step, "reference": {**step, "operator_share": 0.0}})]).axes[0]
     labels = [text.get_text() for text in axis.get_legend().get_texts()]
-    assert labels == ["whole step with the reference backend", "operators of wsss_kernels", "everything else"]
+    whole = "whole step, reference backend (operators not measured)"
+    assert labels == [whole, "operators of wsss_kernels", "everything else"]
     assert [t.get_text() for t in axis.texts] == [" reference: 200 ms, 1 MiB", " fused: 200 ms (operators 50 %), 1 MiB"]
     assert [list(line.get_xdata()) for line in axis.lines] == [[200.0, 300.0]] * 2
+    axis = training_steps.chart(pyplot, [("gland network", {"fused": step, "reference": {**step, "operator_share": 0.75}})]).axes[0]
+    assert axis.texts[0].get_text() == " reference: 200 ms (operators 75 %), 1 MiB"
+    assert "the same operators, reference backend" in {text.get_text() for text in axis.get_legend().get_texts()}
+    assert [bar.get_width() for bar in axis.patches] == pytest.approx([150, 50, 100, 100])
+    nothing = {**step, "operator_share": 0.0}
+    axis = training_steps.chart(pyplot, [("gland network", {"fused": nothing, "reference": nothing})]).axes[0]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["everything else"]
     pyplot.close("all")
 
 
@@ -164,3 +177,33 @@ def test_report_of_what_is_no_csv(tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             machine_report.main([str(tmp_path / name)])
         assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_training_steps_that_cannot_be_read(tmp_path, monkeypatch, capsys):
+    bench.append([row()], tmp_path / "a.csv")
+    folder = tmp_path / "steps"
+    folder.mkdir()
+    (folder / "list.json").write_text("[{}]")  # of something else
+    assert training_steps.read([folder]) == []
+    (folder / "half.json").write_text('{"fused": {')
+    arguments = [str(tmp_path / "a.csv"), "--out", str(tmp_path), "--end-to-end"]
+    for wrong, message in ((folder, "half.json: is not a result"), (tmp_path / "stepz", "there is no folder")):
+        with pytest.raises(SystemExit) as stop:
+            machine_report.main([*arguments, str(wrong)])
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_csv_that_may_not_be_read(tmp_path, monkeypatch, capsys):
+    def refuse(path):
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(machine_report, "read", refuse)
+    with pytest.raises(SystemExit):
+        machine_report.main([str(tmp_path / "a.csv")])
+    assert "cannot be read: not yours" in capsys.readouterr().err
+
+
+def test_a_damaged_summary_of_make_gpu_is_named(tmp_path):
+    (tmp_path / "summary.json").write_text('{"steps": [')
+    with pytest.raises(SystemExit, match="summary.json is damaged; remove it"):
+        gpu.Run(tmp_path, {}, 1.0)

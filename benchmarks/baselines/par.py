@@ -41,7 +41,6 @@ def _position_weights(like: Tensor, dilations) -> Tensor:
     return logit.softmax(0).to(like).reshape(1, 1, -1, 1, 1)
 
 
-@torch.no_grad()
 def eager(image: Tensor, mask: Tensor, dilations, num_iter: int) -> Tensor:
     """Tensor[B, Q, H, W], Tensor[B, C, H, W] -> Tensor[B, C, H, W]"""
     around = _neighbours(image, dilations)
@@ -65,7 +64,6 @@ def _shifts(x: Tensor, dilations):
             yield padded[..., top : top + height, left : left + width]
 
 
-@torch.no_grad()
 def pad_and_slice(image: Tensor, mask: Tensor, dilations, num_iter: int) -> Tensor:
     """The same map without the copies."""
     around = torch.stack(list(_shifts(image, dilations)), dim=2)

@@ -8,8 +8,9 @@ In a clone the baselines are those of `benchmarks/baselines` (the released algor
 package alone they are the operators' plain PyTorch references.
 """
 
+from .row import Row, case_mode
 from .sweep import exponent
 from .table import append, headline, reached, read, slug, text
-from .timing import Row, case_mode, measure
+from .timing import bind, measure
 
-__all__ = ["Row", "append", "case_mode", "exponent", "headline", "measure", "reached", "read", "slug", "text"]
+__all__ = ["Row", "append", "bind", "case_mode", "exponent", "headline", "measure", "reached", "read", "slug", "text"]

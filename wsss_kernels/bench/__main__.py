@@ -12,27 +12,33 @@ from pathlib import Path
 import torch
 
 from .. import bench, registry
+from .._dispatch import BACKENDS
 from .._spec import Case, OpSpec, Sweep
 from ..tune import tune
 from . import compare, sweep as sweeps
 from .about import commit, machine
+from .row import MODES, Row
 from .table import append, slug, text
-from .timing import MODES, Row, gate, measure
+from .timing import gate, measure
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m wsss_kernels.bench", description=(bench.__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m wsss_kernels.bench", description=(bench.__doc__ or "").split("\n")[0], allow_abbrev=False
+    )
     parser.add_argument("--op", action="append", help="an operator's name; repeatable (default: all)")
     parser.add_argument("--case", help="only cases whose name contains this text")
     parser.add_argument("--all", action="store_true", help="also the long cases")
     parser.add_argument("--mode", choices=MODES, help="instead of each case's own")
     parser.add_argument("--sweep", action="store_true", help="sweeps over each operator's size instead of the cases")
-    parser.add_argument("--compiled", action="store_true", help="also torch.compile of the first baseline (seconds to minutes a case)")
+    parser.add_argument(
+        "--compiled", action="store_true", help="also torch.compile of the first baseline (seconds to minutes a case or size)"
+    )
     parser.add_argument("--seconds", type=float, default=5.0, help="time per case, in seconds (default 5)")
     parser.add_argument(
         "--minutes", type=float, help="time limit: no case, and no size of a sweep, is started after it, and what is left out is named"
     )
-    parser.add_argument("--backend", help="as in the operators")
+    parser.add_argument("--backend", choices=BACKENDS, help="of ours, as in the operators")
     parser.add_argument(
         "--tune", action="store_true", help="find the fastest launch configurations of the Triton kernels for this GPU instead"
     )
@@ -47,16 +53,21 @@ def _progress(done: int, count: int, name: str) -> None:
         print(f"\r\033[K[{'#' * filled}{'.' * (20 - filled)}] {done}/{count} {name}", end="", file=sys.stderr, flush=True)
 
 
+def _clear() -> None:
+    """Takes the bar away, so that what is printed next does not stand behind it."""
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
 Job = tuple[str, Callable[[], list[Row]]]
 
 
 def _jobs(options: argparse.Namespace, work: list[tuple[OpSpec, Case]], swept: list[tuple[OpSpec, Sweep]]) -> list[Job]:
     """Names, and functions that measure one case or one size of a sweep."""
-    more = {"seconds": options.seconds, "backend": options.backend}
+    more = {"seconds": options.seconds, "backend": options.backend, "compile": options.compiled}
     if options.sweep:
         return [job for spec, s in swept for job in sweeps.jobs(spec, s, **more)]
-    more |= {"mode": options.mode, "compile": options.compiled}
-    return [(f"{spec.name} {case.name}", functools.partial(measure, spec, case, **more)) for spec, case in work]
+    return [(f"{spec.name} {case.name}", functools.partial(measure, spec, case, mode=options.mode, **more)) for spec, case in work]
 
 
 INTERRUPTED = 130  # exit code
@@ -64,7 +75,7 @@ INTERRUPTED = 130  # exit code
 _WITHOUT = {  # options that would change nothing beside one that chooses what is done
     "tune": ("compare", "sweep", "mode", "compiled", "minutes", "backend", "csv"),
     "compare": ("sweep", "mode", "compiled", "minutes", "backend", "csv"),
-    "sweep": ("case", "all", "mode", "compiled"),
+    "sweep": ("case", "all", "mode"),
 }
 
 
@@ -102,11 +113,11 @@ def main(argv: list[str] | None = None) -> int:
     """Exit code 0; 1 if a gate is red or a case failed; 2 for wrong use; 130 if interrupted."""
     parser = _parser()
     options = parser.parse_args(argv)
-    if options.seconds <= 0 or (options.minutes is not None and options.minutes <= 0):
+    if not options.seconds > 0 or (options.minutes is not None and not options.minutes > 0):
         parser.error("--seconds and --minutes must be greater than 0")
     _refuse_without_effect(parser, options)
     try:
-        chosen = [registry.spec(name) for name in options.op] if options.op else list(registry.specs())
+        chosen = [registry.spec(name) for name in dict.fromkeys(options.op)] if options.op else list(registry.specs())
     except ValueError as error:
         parser.error(str(error))
     work = [(spec, case) for spec in chosen for case in spec.cases if (case.quick or options.all) and (options.case or "") in case.name]
@@ -116,7 +127,18 @@ def main(argv: list[str] | None = None) -> int:
         work = [(spec, case) for spec, case in work if spec.gradients]
     swept = sorted(((spec, s) for spec in chosen for s in spec.sweeps), key=lambda found: found[0].sweeps.index(found[1]))
     if not (swept if options.sweep else work):
-        parser.error("no case matches")
+        parser.error("no case matches" + ("" if options.all else "; --all takes the long ones, too"))
+    try:
+        return _do(parser, options, work, swept)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _do(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, work: list[tuple[OpSpec, Case]], swept: list[tuple[OpSpec, Sweep]]
+) -> int:
+    """The exit code."""
     try:
         if options.tune:
             print(f"written to {tune(work)}")
@@ -142,14 +164,15 @@ def main(argv: list[str] | None = None) -> int:
         try:
             rows = job()
         except KeyboardInterrupt:
+            _clear()
             print(f"interrupted; left out: {', '.join(n for n, _ in jobs[done:])}", file=sys.stderr)
             return INTERRUPTED
         except Exception as error:  # the other cases are measured all the same
+            _clear()
             print(f"{name}: failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}", file=sys.stderr)
             red = True
             continue
-        if sys.stderr.isatty():
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        _clear()
         print(text(rows), flush=True)
         red |= any(row.gate.startswith("red") for row in rows)
         if csv:

@@ -66,7 +66,8 @@ def _with_others(folder: str, root: Path) -> list[str]:
 
 
 def kernel_hash(folder: str, root: Path = PACKAGE.parent) -> str:
-    """Of the sources of one operator's kernels, Triton and C++: equal as long as a figure still speaks of the same kernel.
+    """Of the sources of one operator's kernels, Triton and C++, and of how they were built: equal as long as a figure still speaks of
+    the same kernel.
 
     Without the C++ sources (an installed package) the compiled libraries stand for them.
     """
@@ -74,7 +75,10 @@ def kernel_hash(folder: str, root: Path = PACKAGE.parent) -> str:
     native = [path for one in folders for path in _native_sources(one, root)]
     native += [p for p in (root / "csrc/include").rglob("*") if p.is_file()]
     native = native or list((root / "wsss_kernels").glob("*.so"))
-    digest = hashlib.sha256()
+    # setup.py holds the compiler's flags, _triton.py what the Triton kernels share
+    native += [path for path in (root / "setup.py", root / "wsss_kernels/_triton.py") if path.exists()]
+    built = _native.extension.build_info() if _native.extension is not None else "no compiled kernels"
+    digest = hashlib.sha256(built.encode())
     for path in sorted([*(path for one in folders for path in _python(one, root)), *native]):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:12]

@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 
 from .._spec import Case, OpSpec, Sweep
-from .timing import Row, measure
+from .row import Row
+from .timing import measure
 
 _SHARE = 0.5  # of the free memory that a baseline may be expected to need
 
@@ -19,7 +22,17 @@ def free_bytes() -> float:
     """Memory that a call may use on the device that is measured."""
     if torch.cuda.is_available():
         return float(torch.cuda.mem_get_info()[0])
-    return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) if hasattr(os, "sysconf") else math.inf
+    try:  # what is not used at all is little on a machine that has read files: the kernel gives their cache back
+        found = re.search(r"^MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    if found:
+        return 1024.0 * int(found.group(1))
+    return (
+        float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        if "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", ())
+        else math.inf
+    )
 
 
 def too_large(earlier: Sequence[Row], size: float, free: float) -> dict[str, str]:
@@ -39,13 +52,15 @@ def too_large(earlier: Sequence[Row], size: float, free: float) -> dict[str, str
     return found
 
 
-def jobs(spec: OpSpec, sweep: Sweep, *, seconds: float, backend: str | None) -> Iterator[tuple[str, Callable[[], list[Row]]]]:
+def jobs(
+    spec: OpSpec, sweep: Sweep, *, seconds: float, backend: str | None, compile: bool = False
+) -> Iterator[tuple[str, Callable[[], list[Row]]]]:
     """A name and a function that measures for each size, ascending; each function expects the smaller sizes to have been run."""
     earlier: list[Row] = []
 
     def one(size: float, case: Case) -> list[Row]:
         without, at = too_large(earlier, size, free_bytes()), (sweep.variable, float(size))
-        rows = measure(spec, case, seconds=seconds, backend=backend, without=without, sweep=at)
+        rows = measure(spec, case, seconds=seconds, backend=backend, compile=compile, without=without, sweep=at)
         earlier.extend(rows)
         return rows
 

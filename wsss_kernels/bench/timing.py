@@ -9,64 +9,15 @@ import importlib
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from .._dispatch import explain
 from .._spec import Case, OpSpec
 from ..testing import assert_matches_truth, cast, flatten, gradient_tensors, peak_memory
-from .about import clock_mhz, commit, kernel_hash, machine, watched
-
-MODES = ("forward", "forward+backward", "backward")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One provider on one case, as in the CSV. Times in milliseconds, memory in MiB above the inputs.
-
-    Args:
-        ratio: median of this provider / median of ours.
-        error_ratio: error / allowed error of ours under the tolerance rule.
-        gate: `green`; `red: …` and `not run: …` say why there is no figure.
-        gbps, gflops: of ours in a forward pass, from the operator's own count of bytes and operations.
-        roofline: time that this machine's measured bandwidth and product rate would need at least / median.
-        peak_gbps, peak_gflops: those two measured rates.
-        compile_s: the first call of a compiled baseline in seconds, which is where it compiles.
-        sweep, size: the variable of a sweep and its value.
-        others: share of all cores that other processes took meanwhile; beyond a few per cent the times are theirs as well.
-    """
-
-    op: str
-    case: str
-    sweep: str
-    size: float | None
-    mode: str
-    dtype: str
-    provider: str
-    p20_ms: float
-    p50_ms: float
-    p80_ms: float
-    runs: int
-    peak_mib: float
-    ratio: float
-    target: float | None
-    error_ratio: float
-    gate: str
-    gbps: float | None
-    gflops: float | None
-    roofline: float | None
-    peak_gbps: float | None
-    peak_gflops: float | None
-    compile_s: float | None
-    machine: str
-    threads: int
-    clock_mhz: float | None
-    torch: str
-    commit: str
-    kernels: str
-    date: str
-    others: float | None = None
+from .about import PACKAGE, clock_mhz, commit, kernel_hash, machine, watched
+from .row import Row, case_mode
 
 
 @functools.cache
@@ -82,17 +33,15 @@ def peaks() -> tuple[float, float]:
     return 2 * a.numel() * 4 / best["copy"] / 1e6, 2 * m.shape[0] ** 3 / best["product"] / 1e6
 
 
-def case_mode(case: Case) -> str:
-    """The mode in which a case is measured unless another is asked for."""
-    return "forward+backward" if case.backward else "forward"
-
-
 def baselines(spec: OpSpec, case: Case) -> dict[str, Callable]:
     """The functions to compare with, the eager original first."""
+    clone = (PACKAGE.parent / "benchmarks/baselines").is_dir()
+    if clone and str(PACKAGE.parent) not in sys.path:  # called from another folder
+        sys.path.append(str(PACKAGE.parent))
     try:
         module = importlib.import_module(f"benchmarks.baselines.{spec.folder}")
     except ImportError as error:
-        if not (error.name or "").startswith("benchmarks"):
+        if clone:
             print(f"{spec.name}: the plain reference stands in for the baselines: {error}", file=sys.stderr)
         return {"reference": spec.reference}
     return {name: getattr(module, name) for name in case.baselines or spec.baselines} or {"reference": spec.reference}
@@ -114,8 +63,8 @@ def _cotangent(t: torch.Tensor) -> torch.Tensor:
     return _normal(*t.shape).to(t)
 
 
-def _call(spec: OpSpec, function: Callable, args: tuple, kwargs: dict, mode: str) -> Callable[[], list[torch.Tensor]]:
-    """Gives the results, and unless the mode is `forward` the gradients behind them."""
+def bind(spec: OpSpec, function: Callable, args: tuple, kwargs: dict, mode: str) -> Callable[[], list[torch.Tensor]]:
+    """A function of one provider that gives the results, and unless the mode is `forward` the gradients behind them."""
     if mode == "forward":
 
         def forward():
@@ -196,8 +145,8 @@ class Gate:
         self.gradients = len(gradient_tensors(spec, None, args, kwargs)) if mode != "forward" else 0
         self.less_precise = "exact" in kwargs
         self.ties = spec.outputs != "exact"  # labels that a comparison of float32 numbers decides
-        self.truth = _call(spec, spec.reference, *cast((args, exact), torch.float64), mode)()
-        self.coarse = _call(spec, spec.reference, *cast((args, exact), torch.float32), mode)()
+        self.truth = bind(spec, spec.reference, *cast((args, exact), torch.float64), mode)()
+        self.coarse = bind(spec, spec.reference, *cast((args, exact), torch.float32), mode)()
 
     def check(self, name: str, results: list[torch.Tensor]) -> float:
         """The error ratio of ours, 0 for a baseline.
@@ -229,9 +178,11 @@ def gate(spec: OpSpec, case: Case) -> str:
     """`green`, or why ours has no figure here."""
     args, kwargs = cast(case.make(), torch.float32, "cuda" if torch.cuda.is_available() else "cpu")
     try:
-        Gate(spec, case, case_mode(case)).check("ours", _call(spec, spec.public, args, kwargs, case_mode(case))())
+        Gate(spec, case, case_mode(case)).check("ours", bind(spec, spec.public, args, kwargs, case_mode(case))())
     except AssertionError as error:
         return f"red: {error}"
+    except Exception as error:  # the other cases are compared all the same
+        return f"failed: {type(error).__name__}: {_first_line(error)}"
     return "green"
 
 
@@ -324,6 +275,26 @@ def _rates(spec: OpSpec, args: tuple, kwargs: dict, p50: float) -> dict[str, flo
     }
 
 
+def _slow(name: str, call: float, seconds: float) -> str:
+    """Why a baseline is not compiled that needs this many seconds for a call; empty where it is quick enough."""
+    return (
+        f"not run: one call of {name} needs {call:.3g} s, more than the case's {seconds:g} s (--seconds gives more)"
+        if call > seconds
+        else ""
+    )
+
+
+def _figures(calls: dict[str, Callable], seconds: float, shared: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Times and memory of each provider; `shared` learns what others took of the machine meanwhile."""
+    peaks_mib = {name: peak_memory(call)[0] / 2**20 for name, call in calls.items()}
+    samples, shared["others"] = watched(lambda: alternate(calls, seconds))
+    found = {}
+    for name, times in samples.items():
+        p20, p50, p80 = torch.tensor(times).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+        found[name] = {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "runs": len(times), "peak_mib": peaks_mib[name]}
+    return {name: {**figures, "ratio": figures["p50_ms"] / found["ours"]["p50_ms"]} for name, figures in found.items()}
+
+
 def measure(
     spec: OpSpec,
     case: Case,
@@ -349,7 +320,9 @@ def measure(
     args, kwargs = case.make()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     plain = cast((args, {k: v for k, v in kwargs.items() if k != "exact"}), torch.float32, device)
-    calls = {"ours": _call(spec, lambda *a, **k: spec.public(*a, **k, backend=backend), *cast((args, kwargs), torch.float32, device), mode)}
+    given = cast((args, kwargs), torch.float32, device)
+    shared["backend"] = explain(spec.name, *given[0], **given[1], backend=backend).chosen
+    calls = {"ours": bind(spec, lambda *a, **k: spec.public(*a, **k, backend=backend), *given, mode)}
     others = baselines(spec, case)
     left_out = {name: f"not run: {why}" for name, why in (without or {}).items()}
     first_call: dict[str, float] = {}
@@ -357,20 +330,16 @@ def measure(
         gate = Gate(spec, case, mode)
         error_ratio = gate.check("ours", calls["ours"]())
         for name, function in others.items():
-            call = _call(spec, function, *plain, mode)
             if name not in left_out:
+                call = bind(spec, function, *plain, mode)
                 why, first_call[name] = _admit(gate, name, call)
                 (left_out if why else calls)[name] = why or call
         first = next(iter(others))
-        name = first if compile and getattr(others[first], "compiles", True) else None
-        if name in calls:
-            label, why = f"{name} compiled", ""
-            if first_call[name] > seconds:
-                why = (
-                    f"not run: one call of {name} needs {first_call[name]:.3g} s, more than the case's {seconds:g} s (--seconds gives more)"
-                )
-            else:
-                call = _call(spec, compiled(others[name]), *plain, mode)
+        label = f"{first} compiled"
+        if compile and first in calls and label not in left_out and getattr(others[first], "compiles", True):
+            why = _slow(first, first_call[first], seconds)
+            if not why:
+                call = bind(spec, compiled(others[first]), *plain, mode)
                 why, first_call[label] = _admit_compiled(gate, label, call)
             (left_out if why else calls)[label] = why or call
     except AssertionError as error:
@@ -379,15 +348,10 @@ def measure(
         if not out_of_memory(error):
             raise
         return [_empty(shared, "ours", f"not run: out of memory: {_first_line(error)}")]
-    peaks_mib = {name: peak_memory(call)[0] / 2**20 for name, call in calls.items()}
-    samples, shared["others"] = watched(lambda: alternate(calls, seconds))
-    times = {name: torch.tensor(t) for name, t in samples.items()}
-    ours = float(times["ours"].quantile(0.5))
+    found = _figures(calls, seconds, shared)
     rows = []
-    for name, t in times.items():
-        p20, p50, p80 = (float(t.quantile(q)) for q in (0.2, 0.5, 0.8))
-        figures = {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "runs": len(t), "peak_mib": peaks_mib[name], "error_ratio": error_ratio}
-        figures |= {"ratio": p50 / ours, "compile_s": first_call[name] if name.endswith(" compiled") else None}
-        figures |= _rates(spec, args, kwargs, p50) if name == "ours" and mode == "forward" else {}
+    for name, figures in found.items():
+        figures |= {"error_ratio": error_ratio, "compile_s": first_call[name] if name.endswith(" compiled") else None}
+        figures |= _rates(spec, args, kwargs, figures["p50_ms"]) if name == "ours" and mode == "forward" else {}
         rows.append(dataclasses.replace(_empty(shared, name, "green"), **figures))
     return rows + [_empty(shared, name, why) for name, why in left_out.items()]
