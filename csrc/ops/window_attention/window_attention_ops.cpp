@@ -45,7 +45,7 @@ Tensors dense_maps(const Tensors& maps) {
   return all;
 }
 
-// [heads][key slot][query slot] from the table, or nothing.
+// log2(e) times [heads][key slot][query slot] from the table, or nothing.
 template <class T>
 Buffer<T> expanded_bias(const Geometry& g, const Tensor& bias) {
   if (!bias.numel()) return Buffer<T>();
@@ -61,7 +61,7 @@ Buffer<T> expanded_bias(const Geometry& g, const Tensor& bias) {
       const int64_t offset = last - difference(k, g.window_width);
       for (int64_t v = 0; v < g.window_height; ++v)
         for (int64_t u = 0; u < g.window_width; ++u)
-          *row++ = table[(offset + v * (2 * g.window_width - 1) + u) * g.heads + h];
+          *row++ = T(base::kLog2E * table[(offset + v * (2 * g.window_width - 1) + u) * g.heads + h]);
       std::fill_n(row, g.stride() - g.slots(), T(0));
     }
   return all;
@@ -137,11 +137,13 @@ Tensors backward(const Tensors& maps, const Tensors& grads, const Tensor& bias, 
       Buffer<T> work(work_cells<T>(g, 2)), collected(table.size() ? cells : 0);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t head = i % g.heads, first = i / g.heads * size, last = std::min(first + size, total) - 1;
+        const int64_t after = std::min(i + 1, end - 1);
         std::fill_n(collected.data(), collected.size(), T(0));
         for (int64_t w = first; w <= last; ++w)
-          kernel(g, w % g.windows(), std::min(w + 1, last) % g.windows(), head,
-                 table.size() ? table.data() + head * cells : nullptr, branches[size_t(w / g.windows())],
-                 table.size() ? collected.data() : nullptr, slots.data(), work.data());
+          kernel(g, w % g.windows(), head, (w < last ? w + 1 : after / g.heads * size) % g.windows(),
+                 w < last ? head : after % g.heads, table.size() ? table.data() + head * cells : nullptr,
+                 branches[size_t(w / g.windows())], table.size() ? collected.data() : nullptr, slots.data(),
+                 work.data());
         if (table.size()) fold_bias(g, collected.data(), folded.data() + i * g.offsets());
       }
     });
