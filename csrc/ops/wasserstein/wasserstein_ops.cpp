@@ -113,7 +113,9 @@ static Constants<T> constants_of(const Tensor& t) {
   return {T(v[0]), T(v[1]), T(v[2]), t.numel() == 4 ? T(1. / v[3]) : T(0)};
 }
 
-static Tensor pairwise_matrix(const char* op, const Side& x, const Side& y, const Tensor* constants) {
+// `kept`, if it has cells, gets both products of all pairs.
+static Tensor pairwise_matrix(const char* op, const Side& x, const Side& y, const Tensor* constants,
+                              const Tensor& kept) {
   check_pair(x, y);
   Tensor result = new_empty(x.mu, Size{x.count(), y.count()});
   if (!result.numel()) return result;
@@ -125,7 +127,7 @@ static Tensor pairwise_matrix(const char* op, const Side& x, const Side& y, cons
     parallel_for(0, ceil_div(y.count(), block), 1, [&](int64_t b, int64_t e) {
       Buffer<T> strips(problem.total_depth() * block), tiles(2 * kPairRows * block);
       for (int64_t i = b; i < e; ++i)
-        pairwise(T{})(problem.sides, k, i * block, block, strips.data(), tiles.data(), out<T>(result));
+        pairwise(T{})(problem.sides, k, i * block, block, strips.data(), tiles.data(), out<T>(result), out<T>(kept));
     });
   });
   return result;
@@ -136,14 +138,19 @@ static Tensor nothing(const Tensor& like) { return new_empty(like, Size{like.siz
 static Tensor wasserstein_fwd(const Tensor& mu_x, const Tensor& sigma_x, const Tensor& mu_y, const Tensor& sigma_y) {
   WSSS_PATH("wasserstein.distance");
   return pairwise_matrix("wasserstein2", Side(nothing(mu_x), mu_x, sigma_x), Side(nothing(mu_y), mu_y, sigma_y),
-                         nullptr);
+                         nullptr, new_empty(mu_x, Size{0}));
 }
 
-static Tensor uncertainty_fwd(const Tensor& sem_x, const Tensor& mu_x, const Tensor& sigma_x, const Tensor& sem_y,
-                              const Tensor& mu_y, const Tensor& sigma_y, const Tensor& constants) {
+// The products of all pairs are kept for the backward pass if the caller wants that: where they are smaller than the
+// inputs.
+static std::tuple<Tensor, Tensor> uncertainty_fwd(const Tensor& sem_x, const Tensor& mu_x, const Tensor& sigma_x,
+                                                  const Tensor& sem_y, const Tensor& mu_y, const Tensor& sigma_y,
+                                                  const Tensor& constants, bool keep) {
   WSSS_PATH("wasserstein.similarity");
   WSSS_CHECK(sem_x.dim() == 2 && sem_x.size(1) > 0, "uncertainty_similarity: semantic rows expected");
-  return pairwise_matrix("uncertainty_similarity", Side(sem_x, mu_x, sigma_x), Side(sem_y, mu_y, sigma_y), &constants);
+  const Side x(sem_x, mu_x, sigma_x), y(sem_y, mu_y, sigma_y);
+  const Tensor kept = new_empty(mu_x, keep ? Size{2, x.count(), y.count()} : Size{0});
+  return {pairwise_matrix("uncertainty_similarity", x, y, &constants, kept), kept};
 }
 
 // The gradient of one side, and the sums that it is made from: weighted sums of the other side's rows in the padded
@@ -271,6 +278,12 @@ static void check_gradient(const Tensor& grad, const Side& x, const Side& y) {
              "wasserstein: a gradient N×M of the inputs' dtype expected");
 }
 
+static void check_kept(const char* op, const Tensor& kept, const Side& x, const Side& y) {
+  WSSS_CHECK(
+      kept.numel() == 0 || (kept.numel() == 2 * x.count() * y.count() && kept.scalar_type() == x.mu.scalar_type()), op,
+      ": the products of the forward pass expected");
+}
+
 static std::tuple<Tensor, Tensor, Tensor, Tensor> wasserstein_bwd(const Tensor& mu_x, const Tensor& sigma_x,
                                                                   const Tensor& mu_y, const Tensor& sigma_y,
                                                                   const Tensor& grad) {
@@ -290,16 +303,17 @@ using SixAndConstants = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 
 static SixAndConstants uncertainty_bwd(const Tensor& sem_x, const Tensor& mu_x, const Tensor& sigma_x,
                                        const Tensor& sem_y, const Tensor& mu_y, const Tensor& sigma_y,
-                                       const Tensor& constants, const Tensor& grad) {
+                                       const Tensor& constants, const Tensor& kept, const Tensor& grad) {
   const Side x(sem_x, mu_x, sigma_x), y(sem_y, mu_y, sigma_y);
   check_pair(x, y);
   check_gradient(grad, x, y);
-  const Tensor given = torch::stable::contiguous(grad);
+  check_kept("uncertainty_bwd", kept, x, y);
+  const Tensor given = torch::stable::contiguous(grad), products = torch::stable::contiguous(kept);
   Tensor dk = new_empty(constants, Size{3});
   Gradients g;
   for_float_type("uncertainty_similarity", mu_x, [&](auto tag) {
     using T = decltype(tag);
-    g = backward<T>(x, y, constants_of<T>(constants), Target::kSimilarity, in<T>(given), nullptr, nullptr, 1.);
+    g = backward<T>(x, y, constants_of<T>(constants), Target::kSimilarity, in<T>(given), nullptr, in<T>(products), 1.);
   });
   std::copy_n(g.sums.data(), 3, out<double>(dk));
   return {g.sem_x, g.mu_x, g.sigma_x, g.sem_y, g.mu_y, g.sigma_y, dk};
@@ -344,8 +358,6 @@ static void check_square(const Side& x, const Side& y) {
              "uncertainty_info_nce: as many rows of x as of y expected");
 }
 
-// The products of all pairs are kept for the backward pass if the caller wants that: where they are smaller than the
-// inputs.
 static std::tuple<Tensor, Tensor, Tensor> uncertainty_infonce_fwd(const Tensor& sem_x, const Tensor& mu_x,
                                                                   const Tensor& sigma_x, const Tensor& sem_y,
                                                                   const Tensor& mu_y, const Tensor& sigma_y,
@@ -375,9 +387,7 @@ static SixAndConstants uncertainty_infonce_bwd(const Tensor& sem_x, const Tensor
   WSSS_CHECK(stats.numel() == 4 * x.count() && stats.scalar_type() == mu_x.scalar_type() && grad.numel() == 1,
              "uncertainty_infonce_bwd: stats of the forward pass and a gradient of one element expected");
   const double temperature = temperature_of(constants);
-  WSSS_CHECK(
-      kept.numel() == 0 || (kept.numel() == 2 * x.count() * x.count() && kept.scalar_type() == mu_x.scalar_type()),
-      "uncertainty_infonce_bwd: the products of the forward pass expected");
+  check_kept("uncertainty_infonce_bwd", kept, x, y);
   const Tensor saved = torch::stable::contiguous(stats), products = torch::stable::contiguous(kept);
   Tensor dk = new_empty(constants, Size{4});
   Gradients g;
@@ -402,8 +412,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(wsss, m) {
   m.def(
       "wasserstein_bwd(Tensor mu_x, Tensor sigma_x, Tensor mu_y, Tensor sigma_y, Tensor grad) -> (Tensor, Tensor, "
       "Tensor, Tensor)");
-  m.def("uncertainty_fwd" WSSS_ARGUMENTS ") -> Tensor");
-  m.def("uncertainty_bwd" WSSS_ARGUMENTS ", Tensor grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("uncertainty_fwd" WSSS_ARGUMENTS ", bool keep) -> (Tensor, Tensor)");
+  m.def("uncertainty_bwd" WSSS_ARGUMENTS
+        ", Tensor kept, Tensor grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("uncertainty_infonce_fwd" WSSS_ARGUMENTS ", bool keep) -> (Tensor, Tensor, Tensor)");
   m.def("uncertainty_infonce_bwd" WSSS_ARGUMENTS
         ", Tensor stats, Tensor kept, Tensor grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");

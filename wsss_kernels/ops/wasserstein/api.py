@@ -33,13 +33,17 @@ _distance_fwd = WASSERSTEIN_OP.raw_op(
 _distance_bwd = WASSERSTEIN_OP.raw_op(
     f"wasserstein_bwd({_GAUSSIANS}, Tensor grad) -> (Tensor, Tensor, Tensor, Tensor)", lambda *tensors: _like(*tensors[:4]), triton=_TRITON
 )
-_similarity_fwd = SIMILARITY_OP.raw_op(
-    f"uncertainty_fwd({_ALL}) -> Tensor",
-    lambda *tensors: tensors[1].new_empty((tensors[1].shape[0], tensors[4].shape[0])),
-    triton=_TRITON,
-)
+
+
+def _fake_similarity(*arguments):
+    mu, rows, columns = arguments[1], arguments[1].shape[0], arguments[4].shape[0]
+    kept = (2, rows, columns) if arguments[7] else (0,)
+    return mu.new_empty((rows, columns)), mu.new_empty(kept, dtype=_args.accumulator(mu.dtype))
+
+
+_similarity_fwd = SIMILARITY_OP.raw_op(f"uncertainty_fwd({_ALL}, bool keep) -> (Tensor, Tensor)", _fake_similarity, triton=_TRITON)
 _similarity_bwd = SIMILARITY_OP.raw_op(
-    f"uncertainty_bwd({_ALL}, Tensor grad) -> {_SEVEN}", lambda *tensors: _like(*tensors[:7]), triton=_TRITON
+    f"uncertainty_bwd({_ALL}, Tensor kept, Tensor grad) -> {_SEVEN}", lambda *tensors: _like(*tensors[:7]), triton=_TRITON
 )
 
 
@@ -58,36 +62,43 @@ _loss_bwd = LOSS_OP.raw_op(
 )
 
 
-_PAIRWISE = {"wasserstein2": (_distance_fwd, _distance_bwd), "uncertainty_similarity": (_similarity_fwd, _similarity_bwd)}
-
-
-class _Pairwise(torch.autograd.Function):
-    """A matrix of all pairs; `op` names its kernels."""
-
+class _Distance(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, op, backend, *tensors):
+    def forward(ctx, backend, *tensors):
         ctx.save_for_backward(*tensors)
-        ctx.op, ctx.backend = op, backend
-        return _PAIRWISE[op][0][backend](*tensors)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        return None, None, *_PAIRWISE[ctx.op][1][ctx.backend](*ctx.saved_tensors, grad)
-
-
-class _Loss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, backend, keep, *tensors):
-        loss, stats, kept = _loss_fwd[backend](*tensors, keep)
-        ctx.save_for_backward(*tensors, stats, kept)
         ctx.backend = backend
-        return loss
+        return _distance_fwd[backend](*tensors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return None, None, *_loss_bwd[ctx.backend](*ctx.saved_tensors, grad)
+        return None, *_distance_bwd[ctx.backend](*ctx.saved_tensors, grad)
+
+
+_SCORED = {"uncertainty_similarity": (_similarity_fwd, _similarity_bwd), "uncertainty_info_nce": (_loss_fwd, _loss_bwd)}
+
+
+class _Scored(torch.autograd.Function):
+    """The operators on six tensors and constants; `op` names their kernels, which give the result and what its gradient needs."""
+
+    @staticmethod
+    def forward(ctx, op, backend, keep, *tensors):
+        result, *more = _SCORED[op][0][backend](*tensors, keep)
+        ctx.save_for_backward(*tensors, *more)
+        ctx.op, ctx.backend = op, backend
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return None, None, None, *_SCORED[ctx.op][1][ctx.backend](*ctx.saved_tensors, grad)
+
+
+def _scored(op: str, backend: str, *tensors: Tensor) -> Tensor:
+    """Both products of all pairs spare the backward pass a third of its work; they are kept where the inputs are larger."""
+    pairs, inputs = tensors[1].shape[0] * tensors[4].shape[0], sum(t.numel() for t in tensors[:6])
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in tensors) and 2 * pairs <= inputs
+    return apply(_Scored, op, backend, keep, *tensors)
 
 
 def _checked_gaussians(op: str, mu_x: Tensor, sigma_x: Tensor, mu_y: Tensor, sigma_y: Tensor) -> None:
@@ -135,7 +146,7 @@ def wasserstein2(mu_x: Tensor, sigma_x: Tensor, mu_y: Tensor, sigma_y: Tensor, *
     chosen = WASSERSTEIN_OP.resolve(tensors, backend)
     if chosen == "reference":
         return reference.wasserstein2(*tensors)
-    return apply(_Pairwise, op, chosen, *_args.widen(chosen, *tensors))
+    return apply(_Distance, chosen, *_args.widen(chosen, *tensors))
 
 
 def uncertainty_similarity(
@@ -165,7 +176,8 @@ def uncertainty_similarity(
     Returns:
         `Tensor[N, M]` in the dtype of `sem_x`.
 
-    Gradient: with respect to the six tensors, `a`, `b` and `lam`; 0 through D_s where it is clamped, and for zero vectors.
+    Gradient: with respect to the six tensors, `a`, `b` and `lam`; 0 through D_s where it is clamped, and for zero vectors. Two more
+    matrices N×M are kept for it where they are smaller than the inputs.
 
     Raises:
         TypeError: not tensors, integer tensors, mixed dtypes or devices.
@@ -179,7 +191,7 @@ def uncertainty_similarity(
     if chosen == "reference":
         return reference.uncertainty_similarity(*tensors, a=a, b=b, lam=lam)
     dtype = tensors[0].dtype
-    return _args.rounded(apply(_Pairwise, op, chosen, *_args.widen(chosen, *tensors), constants), dtype)
+    return _args.rounded(_scored(op, chosen, *_args.widen(chosen, *tensors), constants), dtype)
 
 
 def uncertainty_info_nce(
@@ -226,7 +238,4 @@ def uncertainty_info_nce(
     if chosen == "reference":
         sem_x, mu_x, sigma_x, sem_y, mu_y, sigma_y = tensors
         return reference.uncertainty_info_nce(sem_x, mu_x, sigma_x, sem_y, mu_y, sigma_y, temperature, a=a, b=b, lam=lam)
-    tensors = [*_args.widen(chosen, *tensors), constants]
-    # Both products of all pairs spare the backward pass a third of its work; they are kept where the inputs are larger.
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in tensors) and sem_x.shape[0] <= sem_x.shape[1] + 2 * mu_x.shape[1]
-    return apply(_Loss, chosen, keep, *tensors)
+    return _scored(op, chosen, *_args.widen(chosen, *tensors), constants)

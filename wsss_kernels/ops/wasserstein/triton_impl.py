@@ -69,18 +69,21 @@ def _score(distance, cosine, norm_x, norm_y, constants_ptr, row, column, rows, c
 
 
 @triton.jit
-def _pairs(x_ptr, y_ptr, square_x, square_y, sem_x, sem_y, norm_x, norm_y, constants_ptr, out_ptr, rows, columns, depth, semantic,
-           SEMANTIC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def _pairs(x_ptr, y_ptr, square_x, square_y, sem_x, sem_y, norm_x, norm_y, constants_ptr, out_ptr, kept_ptr, rows, columns, depth, semantic,
+           SEMANTIC: tl.constexpr, KEEP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     column = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)
     product = _product(x_ptr, y_ptr, row, column, rows, columns, depth, BK, PRECISION)
     value = _distance(product, square_x, square_y, row, column, rows, columns)
+    inside, at = (row < rows)[:, None] & (column < columns)[None, :], row[:, None] * columns + column[None, :]
     if SEMANTIC:
         cosine = _product(sem_x, sem_y, row, column, rows, columns, semantic, BK, PRECISION)
+        if KEEP:
+            tl.store(kept_ptr + at, product, mask=inside)
+            tl.store(kept_ptr + rows.to(tl.int64) * columns + at, cosine, mask=inside)
         score, _decay, _q, _apart, _du, _far = _score(value, cosine, norm_x, norm_y, constants_ptr, row, column, rows, columns)
         value = score + 1
-    inside = (row < rows)[:, None] & (column < columns)[None, :]
-    tl.store(out_ptr + row[:, None] * columns + column[None, :], value.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -238,22 +241,24 @@ def _interleaved(x: _Side, y: _Side) -> tuple[Tensor, ...]:
     return tuple(t for pair in zip(x, y, strict=True) for t in pair)
 
 
-def _matrix(path: str, x: _Side, y: _Side, constants: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _matrix(path: str, x: _Side, y: _Side, constants: Tensor | None, dtype: torch.dtype, keep: bool = False) -> tuple[Tensor, Tensor]:
+    """The result, and both products of all pairs if they are kept."""
     kind, out = x.rows.dtype, x.rows.new_empty(len(x.rows), len(y.rows), dtype=dtype)
+    kept = x.rows.new_empty((2, *out.shape) if keep else (0,))
     meta = _blocks(path, kind, 4 if constants is None else 8)
     launch(path, _pairs, (triton.cdiv(len(x.rows), meta["BM"]), triton.cdiv(len(y.rows), meta["BN"])), *_interleaved(x, y),
-           out if constants is None else constants, out, *out.shape, x.rows.shape[1], x.semantic.shape[1],
-           SEMANTIC=constants is not None, PRECISION=precision(kind), **meta)  # fmt: skip
-    return out
+           out if constants is None else constants, out, kept, *out.shape, x.rows.shape[1], x.semantic.shape[1],
+           SEMANTIC=constants is not None, KEEP=keep, PRECISION=precision(kind), **meta)  # fmt: skip
+    return out, kept
 
 
 def wasserstein_fwd(mu_x: Tensor, sigma_x: Tensor, mu_y: Tensor, sigma_y: Tensor) -> Tensor:
     x, y = _sides((None, mu_x, sigma_x), (None, mu_y, sigma_y))
-    return _matrix("wasserstein.triton", x, y, None, x.rows.dtype)
+    return _matrix("wasserstein.triton", x, y, None, x.rows.dtype)[0]
 
 
-def uncertainty_fwd(sem_x, mu_x, sigma_x, sem_y, mu_y, sigma_y, constants: Tensor) -> Tensor:
-    return _matrix("uncertainty.triton", *_sides((sem_x, mu_x, sigma_x), (sem_y, mu_y, sigma_y)), constants, mu_x.dtype)
+def uncertainty_fwd(sem_x, mu_x, sigma_x, sem_y, mu_y, sigma_y, constants: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    return _matrix("uncertainty.triton", *_sides((sem_x, mu_x, sigma_x), (sem_y, mu_y, sigma_y)), constants, mu_x.dtype, keep)
 
 
 def uncertainty_infonce_fwd(sem_x, mu_x, sigma_x, sem_y, mu_y, sigma_y, constants: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -328,9 +333,9 @@ def _gradients(path: str, tensors, constants: Tensor, given: Tensor | None, stat
     return grads, sums
 
 
-def uncertainty_bwd(sem_x, mu_x, sigma_x, sem_y, mu_y, sigma_y, constants: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+def uncertainty_bwd(sem_x, mu_x, sigma_x, sem_y, mu_y, sigma_y, constants: Tensor, kept: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
     tensors = (sem_x, mu_x, sigma_x, sem_y, mu_y, sigma_y)
-    grads, sums = _gradients("uncertainty.triton.backward", tensors, constants, grad, None, None, constants)
+    grads, sums = _gradients("uncertainty.triton.backward", tensors, constants, grad, None, kept if kept.numel() else None, constants)
     return *grads, sums[:3].clone()
 
 
