@@ -6,8 +6,9 @@ from conftest import golden, load
 
 import wsss_kernels as wk
 from wsss_kernels import registry
+from wsss_kernels.bench.timing import Gate, bind
 from wsss_kernels.ops.random_walk.api import STREAMING_FROM
-from wsss_kernels.testing import peak_memory, runnable_backends, threads
+from wsss_kernels.testing import cast, peak_memory, runnable_backends, threads
 
 MIB = 2**20
 BACKENDS = [*runnable_backends(registry.spec("random_walk")), ("reference", "cpu")]
@@ -130,3 +131,13 @@ def test_directions_of_the_shortest_vectors(backend, device):
     torch.testing.assert_close(
         wk.cosine_affinity(short, backend=backend), wk.cosine_affinity(short.double(), backend="reference").float(), rtol=0, atol=1e-6
     )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the sums of the CPU kernels")
+def test_sums_of_a_long_row_keep_their_digits():
+    """Features with a common direction add up what the sums over N = 784 tokens lose: the encoder's gradient shows it."""
+    spec = registry.spec("affinity_random_walk")
+    case = next(c for c in spec.cases if c.name == "n784_l6_k5_c768")
+    args, kwargs = cast(case.make(), torch.float32)
+    results = bind(spec, lambda *a, **k: spec.public(*a, **k, backend="cpu"), args, kwargs, "forward+backward")()
+    assert Gate(spec, case, "forward+backward").check("ours", results) < 1
