@@ -123,7 +123,7 @@ def test_training_benchmark(data, tmp_path):
     arguments = ["unicl_affseg", "--data", str(data), "--out", str(tmp_path / "run"), "--steps", "2"]
     assert end_to_end.main([*arguments, *[a for s in SETTINGS for a in ("--set", s)]]) == 0
     found = json.loads((tmp_path / "run" / "end_to_end" / "decoder.json").read_text())
-    assert found["fused"]["operator_share"] > 0 and found["reference"]["operator_share"] == 0
+    assert all(0 < found[name]["operator_share"] < 1 for name in ("fused", "reference"))
     assert len(found["fused"]["losses"]) == len(found["reference"]["losses"]) == 2
     assert found["fused"]["losses"] == pytest.approx(found["reference"]["losses"], rel=0.05)  # labels of ties go either way
 
