@@ -69,8 +69,8 @@ def _score(distance, cosine, norm_x, norm_y, constants_ptr, row, column, rows, c
 
 
 @triton.jit
-def _pairs(x_ptr, y_ptr, square_x, square_y, sem_x, sem_y, norm_x, norm_y, constants_ptr, out_ptr, kept_ptr, rows, columns, depth, semantic,
-           SEMANTIC: tl.constexpr, KEEP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def _pairs(x_ptr, y_ptr, square_x, square_y, sem_x, sem_y, norm_x, norm_y, constants_ptr, out_ptr, kept_product, kept_cosine, rows, columns,
+           depth, semantic, SEMANTIC: tl.constexpr, KEEP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     column = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)
     product = _product(x_ptr, y_ptr, row, column, rows, columns, depth, BK, PRECISION)
@@ -79,8 +79,8 @@ def _pairs(x_ptr, y_ptr, square_x, square_y, sem_x, sem_y, norm_x, norm_y, const
     if SEMANTIC:
         cosine = _product(sem_x, sem_y, row, column, rows, columns, semantic, BK, PRECISION)
         if KEEP:
-            tl.store(kept_ptr + at, product, mask=inside)
-            tl.store(kept_ptr + rows.to(tl.int64) * columns + at, cosine, mask=inside)
+            tl.store(kept_product + at, product, mask=inside)
+            tl.store(kept_cosine + at, cosine, mask=inside)
         score, _decay, _q, _apart, _du, _far = _score(value, cosine, norm_x, norm_y, constants_ptr, row, column, rows, columns)
         value = score + 1
     tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=inside)
@@ -247,7 +247,7 @@ def _matrix(path: str, x: _Side, y: _Side, constants: Tensor | None, dtype: torc
     kept = x.rows.new_empty((2, *out.shape) if keep else (0,))
     meta = _blocks(path, kind, 4 if constants is None else 8)
     launch(path, _pairs, (triton.cdiv(len(x.rows), meta["BM"]), triton.cdiv(len(y.rows), meta["BN"])), *_interleaved(x, y),
-           out if constants is None else constants, out, kept, *out.shape, x.rows.shape[1], x.semantic.shape[1],
+           out if constants is None else constants, out, *(kept if keep else (kept, kept)), *out.shape, x.rows.shape[1], x.semantic.shape[1],
            SEMANTIC=constants is not None, KEEP=keep, PRECISION=precision(kind), **meta)  # fmt: skip
     return out, kept
 
