@@ -55,6 +55,7 @@ class Case:
         make: `() -> (args, kwargs)`, float32 CPU tensors from a fixed seed.
         backward: also time forward + backward.
         quick: part of the short benchmark; the others only run on demand.
+        gpu: of a size that only a GPU is asked for; left out where there is none.
         target: the ratio to the first baseline that the project promises on two CPU cores, if any.
         baselines: those of the spec's baselines that this case is compared with; all of them if empty.
     """
@@ -63,6 +64,7 @@ class Case:
     make: Callable[[], tuple[tuple, dict]]
     backward: bool = False
     quick: bool = True
+    gpu: bool = False
     target: float | None = None
     baselines: tuple[str, ...] = ()
 

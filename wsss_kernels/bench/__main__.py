@@ -120,7 +120,8 @@ def main(argv: list[str] | None = None) -> int:
         chosen = [registry.spec(name) for name in dict.fromkeys(options.op)] if options.op else list(registry.specs())
     except ValueError as error:
         parser.error(str(error))
-    work = [(spec, case) for spec in chosen for case in spec.cases if (case.quick or options.all) and (options.case or "") in case.name]
+    cases = [(spec, case) for spec in chosen for case in spec.cases if (case.quick or options.all) and (options.case or "") in case.name]
+    work = [(spec, case) for spec, case in cases if torch.cuda.is_available() or not case.gpu]
     # the first case of every operator, then the second ones, the long ones last: that is the order in which a time limit cuts
     work.sort(key=lambda found: (not found[1].quick, list(found[0].cases).index(found[1])))
     if options.mode and options.mode != "forward":

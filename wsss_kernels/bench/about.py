@@ -35,7 +35,12 @@ def machine() -> str:
 
 @functools.cache
 def commit() -> str:
-    """Of the clone; `installed` where no repository tracks the package, whatever repository lies around it."""
+    """Of the clone; `installed` where no repository tracks the package, whatever repository lies around it.
+
+    WSSS_COMMIT says it where the sources were copied without their repository.
+    """
+    if named := os.environ.get("WSSS_COMMIT"):
+        return named
     try:
         tracked = subprocess.run(["git", "ls-files", "--error-unmatch", "_spec.py"], cwd=PACKAGE, capture_output=True)
         answer = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=PACKAGE, capture_output=True, text=True)

@@ -20,10 +20,14 @@ from .about import PACKAGE, clock_mhz, commit, kernel_hash, machine, watched
 from .row import Row, case_mode
 
 
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 @functools.cache
 def peaks() -> tuple[float, float]:
     """(GB/s of a copy that no cache holds, GFLOP/s of a float32 product) of this machine, measured."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _device()
     size = 1 << (28 if device == "cuda" else 26)
     a, b = torch.ones(size, device=device), torch.empty(size, device=device)
     m = torch.rand(4096 if device == "cuda" else 1536, 4096 if device == "cuda" else 1536, device=device)
@@ -137,7 +141,7 @@ def alternate(calls: dict[str, Callable], seconds: float) -> dict[str, list[floa
 
 
 class Gate:
-    """What every provider's result is held to: the float64 reference, computed once per case."""
+    """What every provider's result is held to: the float64 reference, computed once per case, where the providers run."""
 
     def __init__(self, spec: OpSpec, case: Case, mode: str):
         args, kwargs = case.make()
@@ -145,8 +149,11 @@ class Gate:
         self.gradients = len(gradient_tensors(spec, None, args, kwargs)) if mode != "forward" else 0
         self.less_precise = "exact" in kwargs
         self.ties = spec.outputs != "exact"  # labels that a comparison of float32 numbers decides
-        self.truth = bind(spec, spec.reference, *cast((args, exact), torch.float64), mode)()
-        self.coarse = bind(spec, spec.reference, *cast((args, exact), torch.float32), mode)()
+        with torch.backends.cudnn.flags(allow_tf32=False):  # float32 means float32, in convolutions too
+            self.truth, self.coarse = (
+                [t.cpu() for t in bind(spec, spec.reference, *cast((args, exact), dtype, _device()), mode)()]
+                for dtype in (torch.float64, torch.float32)
+            )
 
     def check(self, name: str, results: list[torch.Tensor]) -> float:
         """The error ratio of ours, 0 for a baseline.
@@ -176,7 +183,7 @@ class Gate:
 
 def gate(spec: OpSpec, case: Case) -> str:
     """`green`, or why ours has no figure here."""
-    args, kwargs = cast(case.make(), torch.float32, "cuda" if torch.cuda.is_available() else "cpu")
+    args, kwargs = cast(case.make(), torch.float32, _device())
     try:
         Gate(spec, case, case_mode(case)).check("ours", bind(spec, spec.public, args, kwargs, case_mode(case))())
     except AssertionError as error:
@@ -318,7 +325,7 @@ def measure(
     mode = mode or case_mode(case)
     shared = _shared(spec, case, mode, sweep)
     args, kwargs = case.make()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _device()
     plain = cast((args, {k: v for k, v in kwargs.items() if k != "exact"}), torch.float32, device)
     given = cast((args, kwargs), torch.float32, device)
     shared["backend"] = explain(spec.name, *given[0], **given[1], backend=backend).chosen

@@ -345,7 +345,12 @@ SPECS = (
             "cpu": ("refining_map.forward", "refining_map.backward"),
             "triton": ("refining_map.triton", "refining_map.triton.backward"),
         },
-        cases=(_refining_case(784, False), _refining_case(784, True), _refining_case(784, False, backward=True, quick=False)),
+        cases=(
+            _refining_case(784, False),
+            _refining_case(784, True),
+            _refining_case(784, False, backward=True, quick=False),
+            _refining_case(4096, False, quick=False, gpu=True),
+        ),
         sweeps=(Sweep("N", {n: _refining_case(n, False) for n in (196, 392, 784)}, 2),),
         baselines=("eager_refining_map",),
         flops=refining_flops,

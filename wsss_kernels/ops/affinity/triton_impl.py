@@ -50,17 +50,18 @@ def candidate_tile(source, image, layer, row, column, n, TURNED: tl.constexpr, k
     OPTIONS here and below: (maps, decoder is stored, minimum or None, scale of the decoder's products, precision, channels per step).
     """
     if OPTIONS[0]:
-        matrix, per_image, per_layer, per_row, per_column = source
+        matrix, per_image, per_layer, per_row, per_column = source[:5]
         a = stored_tile((matrix + layer * per_layer, per_image, per_row, per_column), image, row, column, n, TURNED, kind, OPTIONS)
     else:
         feature, per_image, per_layer, per_channel, per_token, channels, inverse, layers = source
         start = feature + image * per_image + layer * per_layer
         place = inverse + (image * layers + layer) * n
+        PRECISION: tl.constexpr = OPTIONS[4]  # Triton 3.6 loses what a string is that is handed on from a tuple
         if feature.dtype.element_ty.primitive_bitwidth == 16:
-            a = gram(start, per_channel, per_token, channels, row, column, n, kind, OPTIONS[4], OPTIONS[5])
+            a = gram(start, per_channel, per_token, channels, row, column, n, kind, PRECISION, OPTIONS[5])
             a = a * (tl.load(place + row, mask=row < n, other=0.0)[:, None] * tl.load(place + column, mask=column < n, other=0.0)[None, :])
         else:
-            a = gram(start, per_channel, per_token, channels, row, column, n, kind, OPTIONS[4], OPTIONS[5], place)
+            a = gram(start, per_channel, per_token, channels, row, column, n, kind, PRECISION, OPTIONS[5], place)
     if OPTIONS[2] is not None:
         a = tl.where(a <= OPTIONS[2], OPTIONS[2], a)
     return a
@@ -73,7 +74,8 @@ def decoder_tile(source, image, row, column, n, kind: tl.constexpr, OPTIONS: tl.
         a = stored_tile(source, image, row, column, n, False, kind, OPTIONS)
     else:
         feature, per_image, per_channel, per_token, channels = source
-        g = gram(feature + image * per_image, per_channel, per_token, channels, row, column, n, kind, OPTIONS[4], OPTIONS[5])
+        PRECISION: tl.constexpr = OPTIONS[4]
+        g = gram(feature + image * per_image, per_channel, per_token, channels, row, column, n, kind, PRECISION, OPTIONS[5])
         a = 1.0 / (1.0 + tl.exp2(g * (-OPTIONS[3] * LOG2E)))
     return a
 
@@ -100,15 +102,16 @@ def mean_tile(source, gate, first, layers, image, row, column, n, TURNED: tl.con
 @triton.jit
 def refined_tile(source, image, row, column, n, TURNED: tl.constexpr, kind: tl.constexpr, OPTIONS: tl.constexpr):
     """R of rows i and columns j, with TURNED of columns j and rows i; the interface of `stored_tile`, for square tiles."""
-    decoder, encoder, gate, first, layers = source
+    gate, first, layers = source[:3]
+    encoder, decoder = source[3:11], source[11:]
     low, high = tl.minimum(row, column), tl.maximum(row, column)
     if OPTIONS[0]:
         r = mean_tile(encoder, gate, first, layers, image, row, column, n, TURNED, kind, OPTIONS)
-        if decoder is not None:
+        if len(decoder) > 0:
             r = mirrored(decoder_tile(decoder, image, low, high, n, kind, OPTIONS), row, column) * r
     else:
         r = mean_tile(encoder, gate, first, layers, image, low, high, n, False, kind, OPTIONS)
-        if decoder is not None:
+        if len(decoder) > 0:
             r = decoder_tile(decoder, image, low, high, n, kind, OPTIONS) * r
         r = mirrored(r, row, column)
     return tl.where((row < n)[:, None] & (column < n)[None, :], r, 0.0)
@@ -251,12 +254,17 @@ def options(encoder: Tensor, maps: bool, stored_decoder: bool, minimum: float | 
 
 def candidates(encoder: Tensor, maps: bool, inverse: Tensor | None) -> tuple:
     """The source of `candidate_tile`."""
-    return (encoder, *encoder.stride()) if maps else (encoder, *encoder.stride(), encoder.shape[2], inverse, encoder.shape[1])
+    return (encoder, *encoder.stride(), 0, 0, 0) if maps else (encoder, *encoder.stride(), encoder.shape[2], inverse, encoder.shape[1])
 
 
 def decoded(feature: Tensor) -> tuple:
     """The source of `decoder_tile`, from B×d×N features."""
     return (feature, *feature.stride(), feature.shape[1])
+
+
+def refined(decoder: Tensor | None, encoder: tuple, gate: Tensor, first: int, layers: int) -> tuple:
+    """The source of `refined_tile`. Flat and without None: Triton 3.6 takes neither tuples in tuples that hold ones, nor None."""
+    return gate, first, layers, *encoder, *(() if decoder is None else decoded(decoder))
 
 
 def square(path: str, feature: Tensor, cosine: bool, scale: float, minimum: float | None, out: Tensor) -> Tensor:

@@ -93,14 +93,16 @@ def zero_features_are_undecided(run) -> None:
     torch.testing.assert_close(run(0 * feature, label, kind="bce"), torch.tensor(2.0, dtype=torch.float64).log(), rtol=1e-12, atol=0)
 
 
-def _case(batch: int, depth: int, height: int, width: int, *, quick: bool = True, target: float | None = None, **options) -> Case:
+def _case(
+    batch: int, depth: int, height: int, width: int, *, quick: bool = True, gpu: bool = False, target: float | None = None, **options
+) -> Case:
     def make():
         g = generator(0)
         feature = torch.randn(batch, depth, height, width, generator=g) / depth**0.5
         label = torch.randint(4, (batch, height, width), generator=g)
         return (feature, torch.where(torch.rand(batch, height, width, generator=g) < 0.1, 255, label)), options
 
-    return Case(f"{batch}x{depth}x{height}x{width}", make, backward=True, quick=quick, target=target)
+    return Case(f"{batch}x{depth}x{height}x{width}", make, backward=True, quick=quick, gpu=gpu, target=target)
 
 
 def _peak(feature, label, **_) -> float:
@@ -123,7 +125,12 @@ SPECS = (
         invariants=(order_of_cells_does_not_matter, wide_radius_is_no_limit, void_cells_do_not_matter, zero_features_are_undecided),
         malformed=malformed,
         paths={"cpu": ("affinity_loss.cpu",), "triton": ("affinity_loss.triton", "affinity_loss.triton.backward")},
-        cases=(_case(1, 256, 20, 20), _case(4, 256, 32, 32, quick=False), _case(1, 256, 48, 48, quick=False, target=3.0)),
+        cases=(
+            _case(1, 256, 20, 20),
+            _case(4, 256, 32, 32, quick=False),
+            _case(1, 256, 48, 48, quick=False, target=3.0),
+            _case(1, 256, 64, 64, quick=False, gpu=True),
+        ),
         sweeps=(Sweep("N", {n * n: _case(1, 256, n, n) for n in (10, 20, 28, 40)}, 2),),
         baselines=("eager",),
         flops=lambda feature, label, **_: 1.0 * feature.numel() * feature.shape[2] * feature.shape[3],

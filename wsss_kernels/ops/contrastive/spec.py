@@ -143,21 +143,21 @@ def mean_is_sum_over_anchors(run) -> None:
     torch.testing.assert_close(run(x, y, 0.1) * 45, run(x, y, 0.1, reduction="sum"), rtol=1e-12, atol=0)
 
 
-def _supcon_case(count: int, *, quick: bool = True, target: float | None = None) -> Case:
+def _supcon_case(count: int, **options) -> Case:
     def make():
         g = generator(0)
         return (torch.randn(count, 16, generator=g), torch.randint(2, (count,), generator=g), 0.1), {}
 
-    return Case(f"n{count}_d16", make, backward=True, quick=quick, target=target)
+    return Case(f"n{count}_d16", make, backward=True, **options)
 
 
-def _info_nce_case(count: int, depth: int, *, quick: bool = True, labels: bool = False, target: float | None = None) -> Case:
+def _info_nce_case(count: int, depth: int, *, labels: bool = False, **options) -> Case:
     def make():
         g = generator(0)
         x, y = (torch.randn(count, depth, generator=g) for _ in range(2))
         return (x, y, 0.07), {"label": torch.randint(20, (count,), generator=g)} if labels else {}
 
-    return Case(f"n{count}_d{depth}{'_labels' if labels else ''}", make, backward=True, quick=quick, target=target)
+    return Case(f"n{count}_d{depth}{'_labels' if labels else ''}", make, backward=True, **options)
 
 
 def _side(count: int, depth: int, size: int) -> float:
@@ -187,7 +187,7 @@ SPECS = (
         invariants=(order_does_not_matter, ignored_embeddings_are_as_if_removed, equal_embeddings_give_log_of_the_candidates),
         malformed=supcon_malformed,
         paths={"cpu": ("supcon.cpu",), "triton": ("supcon.triton", "supcon.triton.backward")},
-        cases=(_supcon_case(1024), _supcon_case(8192, quick=False, target=15.0)),
+        cases=(_supcon_case(1024), _supcon_case(8192, quick=False, target=15.0), _supcon_case(20000, quick=False, gpu=True)),
         sweeps=(Sweep("N", {n: _supcon_case(n) for n in (512, 1024, 2048, 4096)}, 2),),
         baselines=("eager",),
         flops=lambda z, *_, **__: 2.0 * z.shape[0] ** 2 * z.shape[1],
@@ -206,7 +206,12 @@ SPECS = (
         invariants=(distinct_labels_are_the_plain_loss, exchange_of_the_sides_does_not_matter, mean_is_sum_over_anchors),
         malformed=info_nce_malformed,
         paths={"cpu": ("info_nce.cpu",), "triton": ("info_nce.triton", "info_nce.triton.backward")},
-        cases=(_info_nce_case(256, 128), _info_nce_case(1024, 128), _info_nce_case(4096, 128, quick=False, labels=True)),
+        cases=(
+            _info_nce_case(256, 128),
+            _info_nce_case(1024, 128),
+            _info_nce_case(4096, 128, quick=False, labels=True),
+            _info_nce_case(16384, 128, quick=False, gpu=True),
+        ),
         sweeps=(Sweep("N", {n: _info_nce_case(n, 128) for n in (256, 512, 1024, 2048)}, 2),),
         baselines=("info_nce_eager",),
         flops=lambda x, *_, **__: 2.0 * x.shape[0] ** 2 * x.shape[1],

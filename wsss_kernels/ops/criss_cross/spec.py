@@ -84,13 +84,13 @@ def transposed_map(run) -> None:
     torch.testing.assert_close(run(query.mT, key.mT, value.mT), run(query, key, value).mT, rtol=1e-12, atol=1e-13)
 
 
-def _case(channels: int, size: int, *, batch: int = 1, backward: bool = False, target: float | None = None, quick: bool = True) -> Case:
+def _case(channels: int, size: int, *, batch: int = 1, backward: bool = False, target: float | None = None, **options) -> Case:
     def make():
         g = generator(0)
         pair = [torch.randn(batch, channels // 8, size, size, generator=g) / (channels // 8) ** 0.5 for _ in range(2)]
         return (*pair, torch.randn(batch, channels, size, size, generator=g)), {}
 
-    return Case(f"{batch}x{channels}x{size}x{size}{'_grad' if backward else ''}", make, backward=backward, target=target, quick=quick)
+    return Case(f"{batch}x{channels}x{size}x{size}{'_grad' if backward else ''}", make, backward=backward, target=target, **options)
 
 
 def _flops(query, key, value) -> float:
@@ -124,6 +124,7 @@ SPECS = (
             _case(256, 64, backward=True),
             _case(512, 28, batch=4, backward=True),
             _case(512, 97, backward=True, quick=False),
+            _case(512, 97, batch=8, backward=True, quick=False, gpu=True),
         ),
         sweeps=(Sweep("H·W", {n * n: _case(256, n) for n in (24, 32, 48, 64, 96)}, 1.5),),
         baselines=("eager",),

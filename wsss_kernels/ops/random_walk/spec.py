@@ -243,7 +243,11 @@ SPECS = (
                 "random_walk.triton",
             ),
         },
-        cases=(_affinity_case(784, (28, 28), False), _affinity_case(784, (28, 28), True)),
+        cases=(
+            _affinity_case(784, (28, 28), False),
+            _affinity_case(784, (28, 28), True),
+            _affinity_case(4096, (64, 64), False, quick=False, gpu=True),
+        ),
         sweeps=(Sweep("N", {n * n: _affinity_case(n * n, (n, n), False) for n in (14, 20, 28)}, 2),),
         baselines=("eager_with_map", "reordered_with_map"),
         flops=lambda cam, decoder_feature, encoder, mask=None, **options: refining_flops(decoder_feature, encoder, **options),

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..._triton import dot, launch, power_of_2
 from ..affinity import triton_adjoint
 from ..affinity.api import empty_gradients
-from ..affinity.triton_impl import candidates, decoded, inverse_norms, options, refined_tile, select
+from ..affinity.triton_impl import candidates, decoded, inverse_norms, options, refined, refined_tile, select
 from ..sinkhorn.triton_impl import LowRank, Matrix, low_rank_tile, of, stored, vector
 
 
@@ -190,7 +190,7 @@ def random_walk_bwd(
 
 def _refined(decoder: Tensor | None, encoder: Tensor, maps: bool, first: int, gate: Tensor, clamp_min: float | None, inverse) -> Matrix:
     """The refining map by recomputed tiles."""
-    source = (None if decoder is None else decoded(decoder), candidates(encoder, maps, inverse), gate, first, encoder.shape[1])
+    source = refined(decoder, candidates(encoder, maps, inverse), gate, first, encoder.shape[1])
     return Matrix(encoder, source, refined_tile, options(encoder, maps, False, clamp_min))
 
 

@@ -130,7 +130,7 @@ SPECS = (
             "cuda": (*CUDA_PATHS, "sinkhorn.cuda.block.bwd", "sinkhorn.cuda.launches.bwd"),
             "triton": ("sinkhorn.triton", "sinkhorn.triton.backward"),
         },
-        cases=(_case(784), _case(2048), _case(784, backward=True)),
+        cases=(_case(784), _case(2048), _case(784, backward=True), _case(4096, quick=False, gpu=True)),
         sweeps=(Sweep("N", {n: _case(n) for n in (392, 784, 1568, 3136)}, 2),),
         baselines=("eager",),
         bytes_moved=lambda matrix, num_iter=3: 4.0 * matrix.numel() * (num_iter + 2),

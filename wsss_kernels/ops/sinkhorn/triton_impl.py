@@ -40,7 +40,8 @@ def stored_tile(source, image, row, column, n, TURNED: tl.constexpr, kind: tl.co
 @triton.jit
 def low_rank_tile(source, image, row, column, n, TURNED: tl.constexpr, kind: tl.constexpr, OPTIONS: tl.constexpr):
     """Σ_ρ u_ρi v_ρj, summed in float64 because the terms nearly cancel; 0 where the final row or column scaling is 0."""
-    u, v, rank, row_scaling, col_scaling = source
+    u, v, rank = source[:3]
+    row_scaling, col_scaling = source[3:5], source[5:]
     k = tl.arange(0, 16)
     acc = tl.zeros((row.shape[0], column.shape[0]), tl.float64)
     for start in range(0, rank, 16):
@@ -54,7 +55,7 @@ def low_rank_tile(source, image, row, column, n, TURNED: tl.constexpr, kind: tl.
             a = tl.load(u + place[None, :] + row[:, None], mask=left, other=0.0)
             b = tl.load(v + place[:, None] + column[None, :], mask=right, other=0.0)
         acc = dot(a, b, acc, "ieee")
-    if row_scaling is not None:
+    if len(row_scaling) > 0:
         if TURNED:
             alive = (vector(col_scaling, image, row, n) != 0)[:, None] & (vector(row_scaling, image, column, n) != 0)[None, :]
         else:
@@ -218,8 +219,11 @@ class LowRank:
             at += 2
 
     def source(self) -> tuple:
-        """The source of `low_rank_tile`. Whatever ended empty has gradient 0, although its entries are part of the first sums."""
-        return self.u, self.v, self.rank, self.row(self.rounds), self.col(self.rounds)
+        """The source of `low_rank_tile`. Whatever ended empty has gradient 0, although its entries are part of the first sums.
+
+        Flat and without None: Triton 3.6 takes neither tuples in tuples that hold ones, nor None.
+        """
+        return self.u, self.v, self.rank, *(self.row(self.rounds) or ()), *(self.col(self.rounds) or ())
 
     def write(self, path: str, out: Tensor, grad: Tensor | None = None) -> Tensor:
         """The gradient of the matrix; with grad, row_i grad_ij col_j is added."""

@@ -191,12 +191,13 @@ def _inputs(rows: int, features: int) -> tuple[torch.Tensor, ...]:
     return tuple(torch.randn(rows, features, generator=g) for _ in range(6))
 
 
-def _loss_case(rows: int, features: int, target: float, baselines: tuple[str, ...], quick: bool = False) -> Case:
+def _loss_case(rows: int, features: int, target: float | None, baselines: tuple[str, ...], gpu: bool = False) -> Case:
     return Case(
         f"n{rows}_d{features}",
         lambda: ((*_inputs(rows, features), 0.07), {}),
         backward=True,
-        quick=quick,
+        quick=False,
+        gpu=gpu,
         target=target,
         baselines=baselines,
     )
@@ -292,6 +293,7 @@ SPECS = (
         cases=(
             _loss_case(256, 512, 100.0, ("eager", "matrix_product")),
             _loss_case(1024, 512, 2.0, ("matrix_product",)),
+            _loss_case(4096, 512, None, ("matrix_product",), gpu=True),
             Case("n128_d128", lambda: ((*_inputs(128, 128), 0.07), {}), backward=True),
         ),
         sweeps=(Sweep("N", {n: Case(f"n{n}_d512", lambda n=n: ((*_inputs(n, 512), 0.07), {}), backward=True) for n in (64, 128, 256)}, 2),),

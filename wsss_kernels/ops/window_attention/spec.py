@@ -152,14 +152,14 @@ def _options(window: int | None, heads: int) -> dict:
     return {"num_heads": heads, "window_size": window, "shift": window // 2, "bias": table}
 
 
-def _case(size: int, channels: int, *, batch: int = 1, target: float | None = None, maps: int = 3) -> Case:
+def _case(size: int, channels: int, *, batch: int = 1, target: float | None = None, maps: int = 3, **options) -> Case:
     def make():
         g = generator(0)
         tensors = [torch.randn(batch, size, size, channels, generator=g) for _ in range(maps)]
         args = tuple(tensors) if maps == 3 else (tuple(tensors[:3]), tuple(tensors[3:]))
         return args, _options(8, 4)
 
-    return Case(f"{batch}x{size}x{size}x{channels}_w8", make, backward=True, target=target)
+    return Case(f"{batch}x{size}x{size}x{channels}_w8", make, backward=True, target=target, **options)
 
 
 def _flops(query, key, value, *, num_heads, window_size=None, **_) -> float:
@@ -190,7 +190,7 @@ SPECS = (
         gradients=("query", "key", "value", "bias"),
         invariants=(weights_sum_to_one, another_window_does_not_matter, window_of_the_whole_map_is_global, padding_does_not_matter),
         malformed=malformed,
-        cases=(_case(64, 128, target=3.0), _case(32, 320)),
+        cases=(_case(64, 128, target=3.0), _case(32, 320), _case(64, 128, batch=8, quick=False, gpu=True)),
         sweeps=(Sweep("H·W", {n * n: _case(n, 128) for n in (16, 32, 64)}, 1),),
         baselines=("eager", "sdpa"),
         flops=_flops,
