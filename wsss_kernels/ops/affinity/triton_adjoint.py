@@ -58,11 +58,11 @@ def _selected(gate, image, first, layers):
 
 
 @triton.jit
-def _strip(blocks, rows, columns, BM: tl.constexpr, BN: tl.constexpr):
+def _strip(blocks, rows, columns, BM: tl.constexpr):
     """(image of the strip, row of the strip, column) of a program's tile."""
     tile = tl.program_id(0) % (blocks * columns)
     image = (tl.program_id(0) // (blocks * columns)).to(tl.int64)
-    return image, (tile // columns) * BM + tl.arange(0, BM), (tile % columns) * BN + tl.arange(0, BN)
+    return image, (tile // columns) * BM + tl.arange(0, BM), (tile % columns) * BM + tl.arange(0, BM)
 
 
 @triton.jit
@@ -79,9 +79,9 @@ def _both(gradient, image, row, column, n, GTILE: tl.constexpr, kind: tl.constex
 
 @triton.jit
 def _square_weights_kernel(weights_ptr, affinity, gradient, start, begin, rows, n, blocks, columns, COSINE: tl.constexpr,
-                           kind: tl.constexpr, OPTIONS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+                           kind: tl.constexpr, OPTIONS: tl.constexpr, BM: tl.constexpr):  # fmt: skip
     """weights = (G + Gᵀ) · dA/d(product), from a stored A, or in place of the products that A is made of."""
-    local, at, column = _strip(blocks, rows, columns, BM, BN)
+    local, at, column = _strip(blocks, rows, columns, BM)
     row, image = begin + at, start + local
     place = weights_ptr + (local * rows + at)[:, None] * n + column[None, :]
     inside = (at < rows)[:, None] & (column < n)[None, :]
@@ -103,19 +103,19 @@ def _square_weights_kernel(weights_ptr, affinity, gradient, start, begin, rows, 
 @triton.jit
 def _weights_kernel(encoder_ptr, decoder_ptr, maps, gradient, slope_ptr, gate, first, layers, start, begin, rows, n, blocks, columns,
                     GTILE: tl.constexpr, SIGNED: tl.constexpr, TO_ENCODER: tl.constexpr, kind: tl.constexpr, OPTIONS: tl.constexpr,
-                    BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+                    BM: tl.constexpr):  # fmt: skip
     """Weights in place of products: of the layers' cosines, if TO_ENCODER, and of FᵀF of the decoder, if there is one.
 
     The layers' affinities are those products, or maps from memory, which are not symmetric and whose gradient is not needed here.
     """
-    local, at, column = _strip(blocks, rows, columns, BM, BN)
+    local, at, column = _strip(blocks, rows, columns, BM)
     row, image = begin + at, start + local
     inside = (at < rows)[:, None] & (column < n)[None, :]
     direct, turned = _both(gradient, image, row, column, n, GTILE, kind, OPTIONS)
     if decoder_ptr is not None:
         place = decoder_ptr + (local * rows + at)[:, None] * n + column[None, :]
         f = _sigmoid(tl.load(place, mask=inside, other=0.0), OPTIONS)
-        total, other, signs = tl.zeros((BM, BN), kind), tl.zeros((BM, BN), kind), tl.zeros((BM, BN), kind)
+        total, other, signs = tl.zeros((BM, BM), kind), tl.zeros((BM, BM), kind), tl.zeros((BM, BM), kind)
     share = 1.0 / _selected(gate, image, first, layers).to(kind)
     for layer in range(first, layers):
         chosen = tl.load(gate + image * layers + layer) != 0
@@ -198,7 +198,7 @@ def _maps_kernel(out_ptr, decoder_out_ptr, products_ptr, decoder, encoder, gradi
 
     A_f is stored (`decoder`), or the sigmoid of a strip of products.
     """
-    local, at, column = _strip(blocks, rows, columns, BM, BM)
+    local, at, column = _strip(blocks, rows, columns, BM)
     row, image = begin + at, start + local
     inside = (at < rows)[:, None] & (column < n)[None, :]
     g, f, signs = tl.zeros((BM, BM), kind), tl.zeros((BM, BM), kind), tl.zeros((BM, BM), kind)
@@ -265,10 +265,9 @@ def strips(batch: int, n: int, layers: int, dtype: torch.dtype) -> Iterator[Stri
             yield Strip(start, min(images, batch - start), begin, min(rows, n - begin))
 
 
-def _tiles(strip: Strip, n: int, dtype: torch.dtype) -> tuple[int, int, dict[str, int]]:
-    """Blocks of rows and of columns, and their sides: few elements a thread, since some eight tiles are live at once."""
-    bm, bn = (32, 32) if dtype.itemsize == 8 else (32, 64)
-    return triton.cdiv(strip.rows, bm), triton.cdiv(n, bn), {"BM": bm, "BN": bn, "num_warps": 4}
+def _tiles(strip: Strip, n: int) -> tuple[int, int, dict[str, int]]:
+    """Blocks of rows and of columns, and their sides: eight elements a thread, since some eight tiles are live at once."""
+    return triton.cdiv(strip.rows, 32), triton.cdiv(n, 32), {"BM": 32, "num_warps": 4}
 
 
 def _unit(features: Tensor, inverse: Tensor) -> Tensor:
@@ -289,10 +288,10 @@ def _project(path, out, grad, unit, inverse, gate, slope, first) -> None:
 
 def _of_maps(path, strip, out, decoder_out, products, decoder, encoder, gradient, tile, slope, gate, first, signed, option) -> None:
     layers, n = out.shape[1:3]
-    blocks, columns = triton.cdiv(strip.rows, 32), triton.cdiv(n, 32)
+    blocks, columns, meta = _tiles(strip, n)
     launch(path, _maps_kernel, (strip.images * blocks * columns,), out, decoder_out, products, decoder, candidates(encoder, True, None),
            gradient, slope, gate, first, layers, strip.start, strip.begin, strip.rows, n, blocks, columns, GTILE=tile, SIGNED=signed,
-           kind=kind_of(encoder.dtype), OPTIONS=option, BM=32, num_warps=4)  # fmt: skip
+           kind=kind_of(encoder.dtype), OPTIONS=option, **meta)  # fmt: skip
 
 
 def square(grad: Tensor, affinity: Tensor, feature: Tensor, cosine: bool, scale: float, minimum: float | None) -> Tensor:
@@ -304,7 +303,7 @@ def square(grad: Tensor, affinity: Tensor, feature: Tensor, cosine: bool, scale:
     to_x = out[:, None] if kept else x.new_empty(x.shape)
     for strip in strips(len(x), n, 1, x.dtype):
         weights = x.new_empty(strip.images, strip.rows, n) if kept else strip.products(x)
-        blocks, columns, meta = _tiles(strip, n, x.dtype)
+        blocks, columns, meta = _tiles(strip, n)
         launch(path, _square_weights_kernel, (strip.images * blocks * columns,), weights, stored(affinity) if kept else None, stored(grad),
                strip.start, strip.begin, strip.rows, n, blocks, columns, COSINE=cosine, kind=kind_of(x.dtype),
                OPTIONS=options(feature, False, False, minimum, scale), **meta)  # fmt: skip
@@ -328,7 +327,7 @@ def deviation(grad: Tensor, decoder: Tensor, encoder: Tensor, signed: bool) -> t
 def _weigh(path, strip, cosines, products, encoder, gradient, tile, slope, gate, first, signed, to_encoder: bool, option) -> None:
     layers, n = encoder.shape[1], encoder.shape[-1]
     kind = accumulator(encoder.dtype)
-    blocks, columns, meta = _tiles(strip, n, kind)
+    blocks, columns, meta = _tiles(strip, n)
     launch(path, _weights_kernel, (strip.images * blocks * columns,), cosines, products, candidates(encoder, True, None), gradient, slope,
            gate, first, layers, strip.start, strip.begin, strip.rows, n, blocks, columns, GTILE=tile, SIGNED=signed, TO_ENCODER=to_encoder,
            kind=kind_of(kind), OPTIONS=option, **meta)  # fmt: skip
