@@ -249,7 +249,8 @@ def packed_bytes(channels: int, n: int) -> float:
 
 
 def _square_bytes(feature: torch.Tensor, **_) -> float:
-    return packed_bytes(*feature.shape[-2:])
+    """On a GPU the unit features of all images, besides their norms."""
+    return packed_bytes(*feature.shape[-2:]) + (4.0 * feature.numel() if feature.is_cuda else 0)
 
 
 def refining_bytes(decoder_feature, encoder, *, encoder_is="feature", keep=True, **_) -> float:

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..._triton import LOG2E, accumulator, launch, power_of_2
 from ..sinkhorn.triton_impl import kind_of, stored, stored_tile
 from .api import empty_gradients
-from .triton_impl import candidate_tile, candidates, inverse_norms, options
+from .triton_impl import candidate_tile, candidates, inverse_norms, options, unit_features
 
 STRIP_BYTES = 2**24
 """What the layers' Gram matrices of a strip may take (A_f comes on top): strip and features stay in the second-level cache."""
@@ -270,11 +270,6 @@ def _tiles(strip: Strip, n: int) -> tuple[int, int, dict[str, int]]:
     return triton.cdiv(strip.rows, 32), triton.cdiv(n, 32), {"BM": 32, "num_warps": 4}
 
 
-def _unit(features: Tensor, inverse: Tensor) -> Tensor:
-    out = features.new_empty(features.shape, dtype=inverse.dtype)
-    return torch.mul(features, inverse.unsqueeze(-2), out=out)
-
-
 def _wide(features: Tensor) -> Tensor:
     return features.to(accumulator(features.dtype)).contiguous()
 
@@ -299,7 +294,7 @@ def square(grad: Tensor, affinity: Tensor, feature: Tensor, cosine: bool, scale:
     path, out, n = "affinity.triton.backward", feature.new_empty(feature.shape), feature.shape[-1]
     kept, layer = feature.dtype.itemsize > 2, feature[:, None]
     inverse = inverse_norms(layer) if cosine else None
-    x = _unit(layer, inverse) if cosine else _wide(layer)
+    x = unit_features(layer, inverse) if cosine else _wide(layer)
     to_x = out[:, None] if kept else x.new_empty(x.shape)
     for strip in strips(len(x), n, 1, x.dtype):
         weights = x.new_empty(strip.images, strip.rows, n) if kept else strip.products(x)
@@ -345,7 +340,7 @@ def refining(path, gradient, tile, grad_deviation, decoder, encoder, gate, maps,
     given, option = (encoder, gradient, tile, slope, gate, first, signed), options(encoder, maps, False, clamp_min)
     x = None if decoder is None else _wide(decoder[:, None])
     inverse = None if maps else inverse_norms(encoder, first)
-    unit = None if maps else _unit(encoder[:, first:], inverse[:, first:])
+    unit = None if maps else unit_features(encoder[:, first:], inverse[:, first:])
     whole = maps and decoder is None  # no product at all
     for strip in [Strip(0, batch, 0, n)] if whole else strips(batch, n, 1 if maps else layers - first, kind):
         cosines = None if maps else strip.products(unit)

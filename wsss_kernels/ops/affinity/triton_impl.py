@@ -146,6 +146,21 @@ def _square_kernel(out_ptr, source, n, blocks, COSINE: tl.constexpr, kind: tl.co
 
 
 @triton.jit
+def _mirror_kernel(out_ptr, n, blocks, COSINE: tl.constexpr, OPTIONS: tl.constexpr, BM: tl.constexpr):
+    """Affinities in place of their products: those on and above the diagonal are read, so that no program reads what another writes."""
+    image, i, j = _place(blocks, BM)
+    row, column = i * BM + tl.arange(0, BM), j * BM + tl.arange(0, BM)
+    if i <= j:
+        inside = (row[:, None] <= column[None, :]) & (column < n)[None, :]
+        a = tl.load(out_ptr + (image * n + row)[:, None] * n + column[None, :], mask=inside, other=0.0)
+        if not COSINE:
+            a = 1.0 / (1.0 + tl.exp2(a * (-OPTIONS[3] * LOG2E)))
+        if OPTIONS[2] is not None:
+            a = tl.where(a <= OPTIONS[2], OPTIONS[2], a)
+        _store_symmetric(out_ptr, a, image, row, column, n)
+
+
+@triton.jit
 def _deviation_kernel(partial_ptr, decoder, encoder, first, layers, n, blocks, SIGNED: tl.constexpr, kind: tl.constexpr,
                       OPTIONS: tl.constexpr, BM: tl.constexpr):  # fmt: skip
     """partial[image][layer][tile] = Σ |A_f − A_l| of a tile; what is below the diagonal counts with what is above, but for maps."""
@@ -236,6 +251,11 @@ def inverse_norms(features: Tensor, first: int = 0) -> Tensor:
     return out
 
 
+def unit_features(features: Tensor, inverse: Tensor) -> Tensor:
+    """B×L×C×N features times the reciprocal norms B×L×N, contiguous."""
+    return torch.mul(features, inverse.unsqueeze(-2), out=features.new_empty(features.shape, dtype=inverse.dtype))
+
+
 def tile_blocks(name: str, dtype: torch.dtype, channels: int) -> dict[str, int]:
     """64×64 tiles: 784 tokens make 91 of them on and above the diagonal. float64 halves the sides for its registers; float32 has two
     tiles in the registers of 8 warps, since those of 4 spill.
@@ -268,14 +288,19 @@ def refined(decoder: Tensor | None, encoder: tuple, gate: Tensor, first: int, la
 
 
 def square(path: str, feature: Tensor, cosine: bool, scale: float, minimum: float | None, out: Tensor) -> Tensor:
-    """Cosines, or σ(scale · FᵀF), of B×C×N features."""
+    """Cosines, or σ(scale · FᵀF), of B×C×N features. Half types have a kernel of their own, which adds their products in float32."""
     batch, channels, n = feature.shape
-    layer = feature[:, None]
-    source = candidates(layer, False, inverse_norms(layer)) if cosine else decoded(feature)
-    meta = tile_blocks("affinity", feature.dtype, channels)
+    layer, kind, option = feature[:, None], kind_of(feature.dtype), options(feature, False, False, minimum, scale)
+    inverse = inverse_norms(layer) if cosine else None
+    if feature.dtype.itemsize > 2:
+        x = unit_features(layer, inverse)[:, 0] if cosine else feature
+        torch.bmm(x.mT, x, out=out)  # with `out=`, autocast does not round the factors
+        blocks = triton.cdiv(n, 32)
+        launch(path, _mirror_kernel, (batch * blocks**2,), out, n, blocks, COSINE=cosine, OPTIONS=option, BM=32, num_warps=4)
+        return out
+    source, meta = candidates(layer, False, inverse) if cosine else decoded(feature), tile_blocks("affinity", feature.dtype, channels)
     blocks = triton.cdiv(n, meta["BM"])
-    launch(path, _square_kernel, (batch * blocks**2,), out, source, n, blocks, COSINE=cosine, kind=kind_of(feature.dtype),
-           OPTIONS=options(feature, False, False, minimum, scale), **meta)  # fmt: skip
+    launch(path, _square_kernel, (batch * blocks**2,), out, source, n, blocks, COSINE=cosine, kind=kind, OPTIONS=option, **meta)
     return out
 
 
