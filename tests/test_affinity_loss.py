@@ -10,6 +10,7 @@ import wsss_kernels as wk
 from wsss_kernels import registry
 from wsss_kernels.testing import peak_memory, runnable_backends
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = [*runnable_backends(registry.spec("affinity_loss")), ("reference", "cpu")]
 
 
@@ -29,10 +30,11 @@ def test_released_outputs(file, backend, device):
 def test_memory_grows_with_the_cells_and_not_with_the_pairs():
     peaks = []
     for side in (64, 128):
-        feature, label = torch.randn(1, 8, side, side, requires_grad=True), torch.randint(3, (1, side, side))
+        feature, label = torch.randn(1, 8, side, side, device=DEVICE, requires_grad=True), torch.randint(3, (1, side, side), device=DEVICE)
         if wk.explain("affinity_loss", feature, label).chosen == "reference":
             pytest.skip("the reference stores the matrix of pairs")
-        loss = functools.partial(wk.affinity_loss, feature, label, backend="cpu")  # Triton's interpreter would need a quarter of an hour
+        backend = None if feature.is_cuda else "cpu"  # Triton's interpreter would need a quarter of an hour
+        loss = functools.partial(wk.affinity_loss, feature, label, backend=backend)
         peaks.append(peak_memory(lambda: torch.autograd.grad(loss(), feature))[0])  # noqa: B023 (called at once)
     assert peaks[1] < 4.5 * peaks[0], f"four times the cells, {peaks[1] / peaks[0]:.1f} times the memory"
     assert peaks[1] < 16384 * 16384 * 4 / 16

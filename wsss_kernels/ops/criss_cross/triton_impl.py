@@ -175,7 +175,7 @@ class _Maps:
     """Query, key and value of a call, and how their lines are cut into blocks."""
 
     def __init__(self, query: Tensor, key: Tensor, value: Tensor):
-        self.query, self.key, self.value = query, key, value
+        self.query, self.key, self.value = (_channels_last(t) for t in (query, key, value))
         self.batch, self.keys, self.height, self.width = query.shape
         self.kind = accumulator(query.dtype)
         self.pixels = self.height * self.width
@@ -228,7 +228,7 @@ class _Maps:
     def gather(self, path: str, x: Tensor, stats: Tensor, grad: Tensor | None, inner: Tensor | None, like: Tensor, own_key=False,
                gradient=False) -> Tensor:  # fmt: skip
         """Columns into a buffer of the accumulator's type, then rows; into the result itself where it has that type."""
-        out, channels = torch.empty_like(like), x.shape[1]
+        out, channels = torch.empty_like(like, memory_format=torch.channels_last), x.shape[1]
         before = out if out.dtype == self.kind else torch.empty_like(out, dtype=self.kind)
         added = False
         for column, lines, length, plane in self.lines():
@@ -244,7 +244,12 @@ class _Maps:
                    self.value.shape[1], channels, span, _strides(column, *maps, out), self.pixels, *plane, OWN_KEY=own_key,
                    GRADIENT=gradient, COLUMN=column, ADD=added, ONE=one, BD=width, **meta, **self.exact)  # fmt: skip
             added = True
-        return out
+        return torch.empty_like(like).copy_(out) if like.stride() != out.stride() else out
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """Rows and columns are read alike where the channels of a pixel lie together: else a column takes a cache line per element."""
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _strides(column: bool, *maps: Tensor) -> tuple[tuple[int, ...], ...]:
@@ -255,15 +260,15 @@ def _strides(column: bool, *maps: Tensor) -> tuple[tuple[int, ...], ...]:
 def criss_cross_fwd(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     maps = _Maps(query, key, value)
     stats = maps.statistics()
-    return maps.gather("criss_cross.triton", value, stats, None, None, value), stats
+    return maps.gather("criss_cross.triton", maps.value, stats, None, None, value), stats
 
 
 def criss_cross_bwd(query, key, value, result, statistics, grad) -> tuple[Tensor, Tensor, Tensor]:
     maps, path = _Maps(query, key, value), "criss_cross.triton.backward"
-    statistics = statistics.contiguous()
+    statistics, grad = statistics.contiguous(), _channels_last(grad)
     inner = maps.inner(statistics, grad)
     return (
-        maps.gather(path, key, statistics, grad, inner, query, gradient=True),
-        maps.gather(path, query, statistics, grad, inner, key, own_key=True, gradient=True),
+        maps.gather(path, maps.key, statistics, grad, inner, query, gradient=True),
+        maps.gather(path, maps.query, statistics, grad, inner, key, own_key=True, gradient=True),
         maps.gather(path, grad, statistics, grad, inner, value, own_key=True),
     )
