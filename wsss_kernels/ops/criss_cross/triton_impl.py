@@ -195,7 +195,9 @@ class _Maps:
         warps = max(1 if default["BM"] == 16 else 4, default["BM"] * default["BN"] // 1024) * (2 if self.query.element_size() == 4 else 1)
         default |= {"BC": 32 if self.query.element_size() == 2 else 16, "num_warps": warps}
         return config(
-            f"criss_cross/l{power_of_2(length)}b{self.query.element_size()}", default, [{**default, "num_warps": w} for w in (2, 4, 8)]
+            f"criss_cross/l{power_of_2(length)}b{self.query.element_size()}",
+            default,
+            [{**default, "BC": bc, "num_warps": w} for bc in (16, 32) for w in (2, 4, 8)],
         )
 
     def statistics(self) -> Tensor:
