@@ -135,7 +135,7 @@ def test_the_reference_backend_has_no_share_that_nobody_measured():
 
 
 def test_a_readme_is_not_emptied_by_a_csv_without_rows(tmp_path, monkeypatch, capsys):
-    page = f"{readme.BEGIN}\n{readme.operator_table({})}\n{readme.END}"
+    page = f"{readme.BEGIN}\n{readme.operator_table({}, {})}\n{readme.END}"
     (tmp_path / "README.md").write_text(page)
     monkeypatch.setattr(readme, "ROOT", tmp_path)
     (tmp_path / "a.csv").write_text("")
