@@ -48,7 +48,7 @@ def info_nce_samples() -> list[Sample]:
     y = (x + randn(13, 5, seed=5)).bfloat16().double()
     big, big_label = _clusters(331, 37, 5)
     other = (big + randn(331, 37, seed=5)).bfloat16().double()
-    wide = randn(13, 40, seed=6)
+    wide = randn(13, 48, seed=6)
     rows = (torch.arange(13) % 5 > 0)[:, None]
     return [
         Sample("typical", (x, y, _temperature(0.5))),
@@ -64,8 +64,8 @@ def info_nce_samples() -> list[Sample]:
         Sample("separated", (torch.eye(13, dtype=torch.float64), torch.eye(13, dtype=torch.float64) + 0.01 * randn(13, 13), 0.25)),
         Sample("sharp", (x, y, 0.004), gradcheck=False),
         Sample("several blocks", (big, other, _temperature(0.125)), {"label": big_label}, small=False),
-        Sample("many features", (wide, wide + randn(13, 40, seed=7), _temperature(0.5)), {"label": label}),
-        Sample("many features, sharp", (wide, randn(13, 40, seed=7), 0.004), gradcheck=False),
+        Sample("many features", (wide, wide + randn(13, 48, seed=7), _temperature(0.5)), {"label": label}),
+        Sample("many features, sharp", (wide, randn(13, 48, seed=7), 0.004), gradcheck=False),
         Sample("many features, one pair", (wide[:1], wide[1:2], _temperature(0.5)), {"reduction": "sum"}),
         Sample("many features, empty", (wide[:0], wide[:0], _temperature(0.5))),
         Sample("several groups", (randn(1201, 40), randn(1201, 40, seed=1), 0.07), {"reduction": "sum"}, small=False),

@@ -117,7 +117,7 @@ def _backward(x_ptr, y_ptr, label_ptr, tau_ptr, top_x_ptr, rest_x_ptr, top_y_ptr
 
 
 @triton.jit
-def _divided(a, b):
+def divided(a, b):
     """a/b correctly rounded. Triton's own division of float32 is not."""
     return tl.div_rn(a, b) if a.dtype == tl.float32 else a / b
 
@@ -194,9 +194,9 @@ def _strip_finish(parts_ptr, stats_ptr, loss_ptr, count, groups, shares, BN: tl.
     total = tl.where(inside, total, 1.0)
     at = stats_ptr + 2 * side * count + anchor
     tl.store(at, top, mask=inside)
-    tl.store(at + count, _divided(tl.full((BN,), 1.0, kind), total), mask=inside)
-    tl.store(stats_ptr + 4 * count + anchor, _divided(tl.full((BN,), 2.0, kind), positives), mask=inside & (side == 0))
-    tl.store(loss_ptr + side * count + anchor, top - _divided(near, positives) + tl.log(total), mask=inside)
+    tl.store(at + count, divided(tl.full((BN,), 1.0, kind), total), mask=inside)
+    tl.store(stats_ptr + 4 * count + anchor, divided(tl.full((BN,), 2.0, kind), positives), mask=inside & (side == 0))
+    tl.store(loss_ptr + side * count + anchor, top - divided(near, positives) + tl.log(total), mask=inside)
 
 
 @triton.jit
