@@ -1,6 +1,7 @@
 """The affinity loss: golden vectors, and what the shared matrix cannot hold."""
 
 import functools
+import importlib
 
 import pytest
 import torch
@@ -52,3 +53,22 @@ def test_a_label_of_one_byte_does_not_wrap_around(backend, device):
     feature, label = torch.randn(1, 4, 2, 3).to(device), torch.tensor([[[0, 44, 0], [44, 1, 1]]], device=device)
     one_byte = wk.affinity_loss(feature, label.byte(), ignore_index=300, backend=backend)
     assert torch.equal(one_byte, wk.affinity_loss(feature, label, backend=backend))
+
+
+@pytest.mark.parametrize("options", [{}, {"radius": 2, "kind": "bce"}], ids=str)
+@pytest.mark.parametrize(("backend", "device"), [b for b in BACKENDS if b[0] == "triton"])
+def test_strips_add_up(backend, device, options, monkeypatch):
+    """Strips of 128 rows of an image, or of one image each, give what one strip of everything does, to the rounding of float64."""
+    strips = importlib.import_module("wsss_kernels.ops.affinity_loss.triton_impl")
+    feature = torch.randn(2, 5, 20, 15, dtype=torch.float64, device=device, requires_grad=True)
+    label = torch.randint(3, (2, 20, 15), device=device)
+
+    def both():
+        loss = wk.affinity_loss(feature, label, **options, backend=backend)
+        return loss.detach(), *torch.autograd.grad(loss, feature)
+
+    whole = both()
+    for size in (1, 8 * 300 * 300):
+        monkeypatch.setattr(strips, "STRIP_BYTES", size)
+        for part, expected in zip(both(), whole, strict=True):
+            torch.testing.assert_close(part, expected, rtol=1e-11, atol=1e-14)
