@@ -243,7 +243,7 @@ SPECS = (
         malformed=distance_malformed,
         paths={
             "cpu": ("wasserstein.distance",),
-            "triton": ("wasserstein.triton", "wasserstein.triton.squares", "wasserstein.triton.backward"),
+            "triton": ("wasserstein.triton", "wasserstein.triton.rows", "wasserstein.triton.backward", "wasserstein.triton.backward.rows"),
         },
         cases=(Case("n256_d512", lambda: (_inputs(256, 512)[:4], {})),),
         sweeps=(Sweep("N", {n: Case(f"n{n}_d512", lambda n=n: (_inputs(n, 512)[:4], {})) for n in (64, 128, 256, 512)}, 2),),
@@ -263,7 +263,13 @@ SPECS = (
         malformed=similarity_malformed,
         paths={
             "cpu": ("wasserstein.similarity",),
-            "triton": ("uncertainty.triton", "uncertainty.triton.backward", "uncertainty.triton.backward.gather"),
+            "triton": (
+                "uncertainty.triton",
+                "uncertainty.triton.rows",
+                "uncertainty.triton.backward",
+                "uncertainty.triton.backward.rows",
+                "uncertainty.triton.backward.gradients",
+            ),
         },
         cases=(Case("n256_d512", lambda: (_inputs(256, 512), {}), backward=True),),
         sweeps=(Sweep("N", {n: Case(f"n{n}_d512", lambda n=n: (_inputs(n, 512), {}), backward=True) for n in (64, 128, 256)}, 2),),
@@ -286,8 +292,11 @@ SPECS = (
             "cpu": ("wasserstein.loss",),
             "triton": (
                 "uncertainty_info_nce.triton",
+                "uncertainty_info_nce.triton.rows",
+                "uncertainty_info_nce.triton.merge",
                 "uncertainty_info_nce.triton.backward",
-                "uncertainty_info_nce.triton.backward.gather",
+                "uncertainty_info_nce.triton.backward.rows",
+                "uncertainty_info_nce.triton.backward.gradients",
             ),
         },
         cases=(
