@@ -273,14 +273,14 @@ def uncertainty_infonce_fwd(sem_x, mu_x, sigma_x, sem_y, mu_y, sigma_y, constant
 
 
 def wasserstein_bwd(mu_x, sigma_x, mu_y, sigma_y, grad: Tensor) -> tuple[Tensor, ...]:
-    path = "wasserstein.triton.backward"
+    path = "wasserstein.triton"
     sides = both_sides(path, None, mu_x, sigma_x, None, mu_y, sigma_y)
     rows, first, grad = sides.rows, sides.first, grad.to(sides.rows.dtype)
     gathered, total = torch.empty_like(rows), torch.empty_like(sides.square)
     for weight, own, other in ((grad, slice(0, first), slice(first, None)), (grad.T, slice(first, None), slice(0, first))):
         torch.mm(weight, rows[other], out=gathered[own])
         torch.sum(weight, 1, out=total[own])
-    return gradients(path, sides, gathered, total, None, (mu_x, sigma_x, mu_y, sigma_y))
+    return gradients(f"{path}.backward", sides, gathered, total, None, (mu_x, sigma_x, mu_y, sigma_y))
 
 
 def _backward(path: str, tensors, constants: Tensor, given: Tensor, stats: Tensor | None, kept: Tensor) -> tuple[Tensor, ...]:
@@ -288,7 +288,7 @@ def _backward(path: str, tensors, constants: Tensor, given: Tensor, stats: Tenso
     sides = both_sides(path, *tensors)
     kind, first, (rows, columns) = sides.rows.dtype, sides.first, sides.shape
     strip = rows if kept.numel() else _strip(rows, columns, kind.itemsize)
-    meta, weights = _tiles(path, kind), sides.rows.new_empty(2, strip, columns)
+    meta, weights = _tiles(f"{path}.backward", kind), sides.rows.new_empty(2, strip, columns)
     gathered, total, mixed = torch.empty_like(sides.rows), torch.empty_like(sides.square), torch.empty_like(sides.unit)
     part = sides.rows.new_empty(triton.cdiv(rows, meta["BM"]), triton.cdiv(columns, meta["BN"]), 3 if stats is None else 4)
     for own in _slices(rows, max(1, strip)):
@@ -296,7 +296,7 @@ def _backward(path: str, tensors, constants: Tensor, given: Tensor, stats: Tenso
         product, cosine = kept if kept.numel() else (alpha, beta)
         if not kept.numel():
             sides.products(own, product, cosine)
-        launch(path, _weights, (triton.cdiv(len(alpha), meta["BM"]), part.shape[1]), product, cosine, alpha, beta, sides.square, sides.norm, constants, given,
+        launch(f"{path}.backward", _weights, (triton.cdiv(len(alpha), meta["BM"]), part.shape[1]), product, cosine, alpha, beta, sides.square, sides.norm, constants, given,
                constants if stats is None else stats, part, own.start, own.stop, rows, columns, *(given.stride() if stats is None else (0, 0)),
                LOSS=stats is not None, **meta)  # fmt: skip
         again = int(own.start > 0)  # the first strip overwrites the other side's sums, the next ones add to them
@@ -308,12 +308,12 @@ def _backward(path: str, tensors, constants: Tensor, given: Tensor, stats: Tenso
             total[first:] += alpha.sum(0)
         else:
             torch.sum(alpha, 0, out=total[first:])
-    return *gradients(f"{path}.gradients", sides, gathered, total, mixed, tensors), part.sum((0, 1), dtype=torch.float64)
+    return *gradients(f"{path}.backward.gradients", sides, gathered, total, mixed, tensors), part.sum((0, 1), dtype=torch.float64)
 
 
 def uncertainty_bwd(sem_x, mu_x, sigma_x, sem_y, mu_y, sigma_y, constants: Tensor, kept: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
-    return _backward("uncertainty.triton.backward", (sem_x, mu_x, sigma_x, sem_y, mu_y, sigma_y), constants, grad, None, kept)
+    return _backward("uncertainty.triton", (sem_x, mu_x, sigma_x, sem_y, mu_y, sigma_y), constants, grad, None, kept)
 
 
 def uncertainty_infonce_bwd(sem_x, mu_x, sigma_x, sem_y, mu_y, sigma_y, constants, stats, kept, grad) -> tuple[Tensor, ...]:
-    return _backward("uncertainty_info_nce.triton.backward", (sem_x, mu_x, sigma_x, sem_y, mu_y, sigma_y), constants, grad, stats, kept)
+    return _backward("uncertainty_info_nce.triton", (sem_x, mu_x, sigma_x, sem_y, mu_y, sigma_y), constants, grad, stats, kept)
