@@ -11,40 +11,15 @@ Backward: one kernel writes α = ∂/∂D_2W and β = ∂/∂cos over the strip'
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton import LOG2E, _row_blocks, _unit_backward_kernel, _unit_kernel, accumulator, config, launch, precision
+from ..._triton import LOG2E, config, launch, precision
+from .triton_rows import both_sides, gradients
 
 STRIP_BYTES = 16 << 20
-
-
-@triton.jit
-def _rows(rows_ptr, centre_ptr, square_ptr, sem_x, sem_y, unit_ptr, norm_ptr, first, second, depth, semantic,
-          SEMANTIC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    """Both sides, one above the other: rows less the centre in place, their squares; unit semantic rows and norms."""
-    side = tl.program_id(1).to(tl.int64)
-    skip, count = side * first, tl.where(side == 0, first, second)
-    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    column = tl.arange(0, BK)
-    square = tl.zeros((BM,), rows_ptr.dtype.element_ty)
-    for start in range(0, depth, BK):
-        inside = (row < count)[:, None] & (start + column < depth)[None, :]
-        at = rows_ptr + (skip + row)[:, None] * depth + start + column[None, :]
-        centre = tl.load(centre_ptr + start + column, mask=start + column < depth, other=0.0)
-        x = tl.where(inside, tl.load(at, mask=inside, other=0.0) - centre[None, :], 0.0)
-        tl.store(at, x, mask=inside)
-        square += tl.sum(x * x, axis=1)
-    tl.store(square_ptr + skip + row, square, mask=row < count)
-    if SEMANTIC:
-        if side == 0:
-            _unit_kernel(sem_x, unit_ptr, norm_ptr, count, semantic, BM, BK)
-        else:
-            _unit_kernel(sem_y, unit_ptr + skip * semantic, norm_ptr + skip, count, semantic, BM, BK)
 
 
 @triton.jit
@@ -227,63 +202,6 @@ def _weights(product_ptr, cosine_ptr, alpha_ptr, beta_ptr, square_ptr, norm_ptr,
         tl.store(at + 3, -tl.sum(tl.sum(g * score, axis=1), axis=0) / tau)
 
 
-@triton.jit
-def _half(rows_ptr, gathered_ptr, total, out_ptr, row, count, features, BK: tl.constexpr):
-    """2 (x Σα − α y) of μ or σ."""
-    column = tl.arange(0, BK)
-    for start in range(0, features, BK):
-        inside = (row < count)[:, None] & (start + column < features)[None, :]
-        at = row[:, None] * features * 2 + start + column[None, :]
-        value = tl.load(rows_ptr + at, mask=inside, other=0.0) * total[:, None] - tl.load(gathered_ptr + at, mask=inside, other=0.0)
-        out = out_ptr + row[:, None] * features + start + column[None, :]
-        tl.store(out, (2 * value).to(out_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _side_gradients(rows_ptr, gathered_ptr, total_ptr, unit_ptr, norm_ptr, mixed_ptr, dsem, dmu, dsigma, count, features, semantic,
-                    SEMANTIC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    total = tl.load(total_ptr + row, mask=row < count, other=0.0)
-    _half(rows_ptr, gathered_ptr, total, dmu, row, count, features, BK)
-    _half(rows_ptr + features, gathered_ptr + features, total, dsigma, row, count, features, BK)
-    if SEMANTIC:
-        _unit_backward_kernel(unit_ptr, norm_ptr, mixed_ptr, dsem, count, semantic, BM, BK)
-
-
-@triton.jit
-def _gradients(rows_ptr, gathered_ptr, total_ptr, unit_ptr, norm_ptr, mixed_ptr, dsem_x, dmu_x, dsigma_x, dsem_y, dmu_y, dsigma_y, first, second,
-               features, semantic, SEMANTIC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    """The gradients of both sides from what the products gathered, which lies one side above the other."""
-    if tl.program_id(1) == 0:
-        _side_gradients(rows_ptr, gathered_ptr, total_ptr, unit_ptr, norm_ptr, mixed_ptr, dsem_x, dmu_x, dsigma_x, first, features, semantic,
-                        SEMANTIC, BM, BK)  # fmt: skip
-    else:
-        skip = tl.program_id(1).to(tl.int64) * first
-        wide, deep = skip * features * 2, skip * semantic
-        _side_gradients(rows_ptr + wide, gathered_ptr + wide, total_ptr + skip, unit_ptr + deep, norm_ptr + skip, mixed_ptr + deep,
-                        dsem_y, dmu_y, dsigma_y, second, features, semantic, SEMANTIC, BM, BK)  # fmt: skip
-
-
-class _Sides(NamedTuple):
-    """Both sides, x above y: centred rows [μ, σ] and their squares, unit semantic rows and their norms; and how many are x."""
-
-    rows: Tensor
-    square: Tensor
-    unit: Tensor
-    norm: Tensor
-    first: int
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.first, len(self.rows) - self.first
-
-    def products(self, own: slice, product: Tensor, cosine: Tensor | None = None) -> None:
-        """x·yᵀ and ŝx·ŝyᵀ of some rows of x."""
-        torch.mm(self.rows[own], self.rows[self.first :].T, out=product)
-        if cosine is not None:
-            torch.mm(self.unit[own], self.unit[self.first :].T, out=cosine)
-
-
 def _tiles(name: str, dtype: torch.dtype) -> dict[str, int]:
     """Eight pairs a thread (float64: four): a dozen terms of a pair are live at once, and more of them would spill."""
     default = {"BM": 32, "BN": 32 if dtype == torch.float64 else 64, "num_warps": 8}
@@ -291,11 +209,11 @@ def _tiles(name: str, dtype: torch.dtype) -> dict[str, int]:
 
 
 def _strip(rows: int, columns: int, size: int) -> int:
-    """Rows of a strip, whose products take about 16 MiB each: long enough for a product, and no more of N×N than that.
+    """Rows of a strip, whose two products take about 16 MiB together: they stay in a GPU's L2 cache, and little of N×N is stored.
 
     A multiple of 128, so that blocks of rows do not cross strips, unless it is all rows.
     """
-    return max(1, min(rows, max(128, STRIP_BYTES // (size * max(1, columns)) // 128 * 128)))
+    return max(1, min(rows, max(128, STRIP_BYTES // (2 * size * max(1, columns)) // 128 * 128)))
 
 
 def _slices(rows: int, strip: int) -> list[slice]:
@@ -303,27 +221,9 @@ def _slices(rows: int, strip: int) -> list[slice]:
     return [slice(begin, min(begin + strip, rows)) for begin in range(0, max(1, rows), strip)]
 
 
-def _sides(path: str, sem_x, mu_x, sigma_x, sem_y, mu_y, sigma_y) -> _Sides:
-    """Both sides less their common mean, so that an offset of the batch costs no accuracy; without semantic rows if `sem_x` is None."""
-    (first, width), second, kind = mu_x.shape, len(mu_y), accumulator(mu_x.dtype)
-    rows = mu_x.new_empty((first + second, 2 * width), dtype=kind)
-    torch.cat((mu_x, mu_y), out=rows[:, :width])
-    torch.cat((sigma_x, sigma_y), out=rows[:, width:])
-    centre, square = rows.mean(0), rows.new_empty(len(rows))
-    unit, norm, semantic = rows, square, 0
-    if sem_x is not None:
-        semantic = sem_x.shape[1]
-        unit, norm = rows.new_empty(len(rows), semantic), rows.new_empty(len(rows))
-        sem_x, sem_y = sem_x.contiguous(), sem_y.contiguous()
-    blocks = _row_blocks(max(2 * width, semantic))
-    launch(f"{path}.rows", _rows, (triton.cdiv(max(first, second), blocks["BM"]), 2), rows, centre, square, *((rows, rows) if sem_x is None else (sem_x, sem_y)),
-           unit, norm, first, second, 2 * width, semantic, SEMANTIC=sem_x is not None, **blocks)  # fmt: skip
-    return _Sides(rows, square, unit, norm, first)
-
-
 def wasserstein_fwd(mu_x: Tensor, sigma_x: Tensor, mu_y: Tensor, sigma_y: Tensor) -> Tensor:
     path = "wasserstein.triton"
-    sides = _sides(path, None, mu_x, sigma_x, None, mu_y, sigma_y)
+    sides = both_sides(path, None, mu_x, sigma_x, None, mu_y, sigma_y)
     kind, (rows, columns) = sides.rows.dtype, sides.shape
     out = sides.rows.new_empty(rows, columns)
     sides.products(slice(0, rows), out)
@@ -337,7 +237,7 @@ def wasserstein_fwd(mu_x: Tensor, sigma_x: Tensor, mu_y: Tensor, sigma_y: Tensor
 
 def uncertainty_fwd(sem_x, mu_x, sigma_x, sem_y, mu_y, sigma_y, constants: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     path = "uncertainty.triton"
-    sides = _sides(path, sem_x, mu_x, sigma_x, sem_y, mu_y, sigma_y)
+    sides = both_sides(path, sem_x, mu_x, sigma_x, sem_y, mu_y, sigma_y)
     kind, (rows, columns) = sides.rows.dtype, sides.shape
     strip = rows if keep else _strip(rows, columns, kind.itemsize)
     out, pairs = mu_x.new_empty(rows, columns), sides.rows.new_empty(2, strip, columns)
@@ -352,7 +252,7 @@ def uncertainty_fwd(sem_x, mu_x, sigma_x, sem_y, mu_y, sigma_y, constants: Tenso
 
 def uncertainty_infonce_fwd(sem_x, mu_x, sigma_x, sem_y, mu_y, sigma_y, constants: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     path, count = "uncertainty_info_nce.triton", len(mu_x)
-    sides = _sides(path, sem_x, mu_x, sigma_x, sem_y, mu_y, sigma_y)
+    sides = both_sides(path, sem_x, mu_x, sigma_x, sem_y, mu_y, sigma_y)
     new, kind = sides.rows.new_empty, sides.rows.dtype
     strip = count if keep else _strip(count, count, kind.itemsize)
     meta, pairs = _tiles(path, kind), new(2, strip, count)
@@ -372,37 +272,23 @@ def uncertainty_infonce_fwd(sem_x, mu_x, sigma_x, sem_y, mu_y, sigma_y, constant
     return losses.sum(), stats, pairs if keep else new(0)
 
 
-def _finished(
-    path: str, sides: _Sides, gathered: Tensor, total: Tensor, mixed: Tensor | None, like: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
-    """The gradients of tensors `like`: (sem, mu, sigma) of x and of y, or without sem."""
-    out = tuple(t.new_empty(t.shape) for t in like)
-    first, second = sides.shape
-    features, semantic = sides.rows.shape[1] // 2, 0 if mixed is None else mixed.shape[1]
-    given = out if mixed is not None else (out[0], *out[:2], out[0], *out[2:])
-    blocks = _row_blocks(max(features, semantic))
-    launch(path, _gradients, (triton.cdiv(max(first, second), blocks["BM"]), 2), sides.rows, gathered, total, sides.unit, sides.norm,
-           gathered if mixed is None else mixed, *given, first, second, features, semantic, SEMANTIC=mixed is not None, **blocks)  # fmt: skip
-    return out
-
-
 def wasserstein_bwd(mu_x, sigma_x, mu_y, sigma_y, grad: Tensor) -> tuple[Tensor, ...]:
-    path = "wasserstein.triton.backward"
-    sides = _sides(path, None, mu_x, sigma_x, None, mu_y, sigma_y)
+    path = "wasserstein.triton"
+    sides = both_sides(path, None, mu_x, sigma_x, None, mu_y, sigma_y)
     rows, first, grad = sides.rows, sides.first, grad.to(sides.rows.dtype)
     gathered, total = torch.empty_like(rows), torch.empty_like(sides.square)
     for weight, own, other in ((grad, slice(0, first), slice(first, None)), (grad.T, slice(first, None), slice(0, first))):
         torch.mm(weight, rows[other], out=gathered[own])
         torch.sum(weight, 1, out=total[own])
-    return _finished(path, sides, gathered, total, None, (mu_x, sigma_x, mu_y, sigma_y))
+    return gradients(f"{path}.backward", sides, gathered, total, None, (mu_x, sigma_x, mu_y, sigma_y))
 
 
 def _backward(path: str, tensors, constants: Tensor, given: Tensor, stats: Tensor | None, kept: Tensor) -> tuple[Tensor, ...]:
     """The gradients of the six tensors, and the sums for a, b, lam (and τ, with `stats`) in float64."""
-    sides = _sides(path, *tensors)
+    sides = both_sides(path, *tensors)
     kind, first, (rows, columns) = sides.rows.dtype, sides.first, sides.shape
     strip = rows if kept.numel() else _strip(rows, columns, kind.itemsize)
-    meta, weights = _tiles(path, kind), sides.rows.new_empty(2, strip, columns)
+    meta, weights = _tiles(f"{path}.backward", kind), sides.rows.new_empty(2, strip, columns)
     gathered, total, mixed = torch.empty_like(sides.rows), torch.empty_like(sides.square), torch.empty_like(sides.unit)
     part = sides.rows.new_empty(triton.cdiv(rows, meta["BM"]), triton.cdiv(columns, meta["BN"]), 3 if stats is None else 4)
     for own in _slices(rows, max(1, strip)):
@@ -410,7 +296,7 @@ def _backward(path: str, tensors, constants: Tensor, given: Tensor, stats: Tenso
         product, cosine = kept if kept.numel() else (alpha, beta)
         if not kept.numel():
             sides.products(own, product, cosine)
-        launch(path, _weights, (triton.cdiv(len(alpha), meta["BM"]), part.shape[1]), product, cosine, alpha, beta, sides.square, sides.norm, constants, given,
+        launch(f"{path}.backward", _weights, (triton.cdiv(len(alpha), meta["BM"]), part.shape[1]), product, cosine, alpha, beta, sides.square, sides.norm, constants, given,
                constants if stats is None else stats, part, own.start, own.stop, rows, columns, *(given.stride() if stats is None else (0, 0)),
                LOSS=stats is not None, **meta)  # fmt: skip
         again = int(own.start > 0)  # the first strip overwrites the other side's sums, the next ones add to them
@@ -422,12 +308,12 @@ def _backward(path: str, tensors, constants: Tensor, given: Tensor, stats: Tenso
             total[first:] += alpha.sum(0)
         else:
             torch.sum(alpha, 0, out=total[first:])
-    return *_finished(f"{path}.gradients", sides, gathered, total, mixed, tensors), part.sum((0, 1), dtype=torch.float64)
+    return *gradients(f"{path}.backward.gradients", sides, gathered, total, mixed, tensors), part.sum((0, 1), dtype=torch.float64)
 
 
 def uncertainty_bwd(sem_x, mu_x, sigma_x, sem_y, mu_y, sigma_y, constants: Tensor, kept: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
-    return _backward("uncertainty.triton.backward", (sem_x, mu_x, sigma_x, sem_y, mu_y, sigma_y), constants, grad, None, kept)
+    return _backward("uncertainty.triton", (sem_x, mu_x, sigma_x, sem_y, mu_y, sigma_y), constants, grad, None, kept)
 
 
 def uncertainty_infonce_bwd(sem_x, mu_x, sigma_x, sem_y, mu_y, sigma_y, constants, stats, kept, grad) -> tuple[Tensor, ...]:
-    return _backward("uncertainty_info_nce.triton.backward", (sem_x, mu_x, sigma_x, sem_y, mu_y, sigma_y), constants, grad, stats, kept)
+    return _backward("uncertainty_info_nce.triton", (sem_x, mu_x, sigma_x, sem_y, mu_y, sigma_y), constants, grad, stats, kept)
