@@ -77,10 +77,13 @@ def bind(spec: OpSpec, function: Callable, args: tuple, kwargs: dict, mode: str)
 
         return forward
     inputs = [t.requires_grad_() for t in gradient_tensors(spec, None, args, kwargs)]
+    cotangents: list[torch.Tensor] = []
 
     def gradients(results, **more):
         live = [t for t in results if t.requires_grad]
-        found = torch.autograd.grad(live, inputs, [_cotangent(t) for t in live], **more)
+        if not cotangents:  # at the first call, which is not timed: on a GPU the copy from the host would outlast many an operator
+            cotangents.extend(map(_cotangent, live))
+        found = torch.autograd.grad(live, inputs, cotangents, **more)
         return [*(t.detach() for t in results), *found]
 
     if mode == "forward+backward":

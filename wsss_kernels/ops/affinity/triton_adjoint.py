@@ -1,18 +1,20 @@
-"""Gradients of affinities and of the refining map in Triton: one owner of 64 tokens, tiles of the matrices recomputed on the way.
+"""Gradients of affinities and of the refining map in Triton: weights of pairs in strips of rows, and products by PyTorch.
 
-The gradient of an N×N matrix is read in tiles, from memory or from its low-rank factors, chained through the sigmoid, the cosine and
-the clamp, and multiplied with the features at once. What the normalisation takes away, the part along a unit vector u_i, is
-Σ_j W_ij cos_ij, so that a program needs no other channels than its own.
+The gradient of an N×N matrix is read in tiles, from memory or from its low-rank factors, and chained through the sigmoid, the cosine
+and the clamp into a strip of 32 MiB; a BLAS multiplies the strip with the features. Gathered by the tiles' owners instead, with the
+matrices made again for every 128 channels, the refining map's backward took five times as long as eager on an H200.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton import accumulator, config, dot, launch, power_of_2, precision
+from ..._triton import accumulator, launch
 from ..sinkhorn.triton_impl import kind_of, stored, stored_tile
 from .api import empty_gradients
 from .triton_impl import candidate_tile, candidates, decoded, decoder_tile, inverse_norms, options
@@ -47,83 +49,68 @@ def _selected(gate, image, first, layers):
 
 
 @triton.jit
-def _encoder_kernel(out_ptr, features, source, decoder, gradient, slope_ptr, gate, first, n, blocks, GTILE: tl.constexpr,
-                    SIGNED: tl.constexpr, kind: tl.constexpr, OPTIONS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
-                    BN: tl.constexpr, BD: tl.constexpr):  # fmt: skip
-    """The gradient of BM tokens and BD channels of one layer's features, whose cosines are `source`."""
-    feature, per_image, per_layer, per_channel, per_token, channels, inverse_ptr, layers = features
-    image = (tl.program_id(0) // (blocks * layers)).to(tl.int64)
-    layer = tl.program_id(0) // blocks % layers
-    row = (tl.program_id(0) % blocks) * BM + tl.arange(0, BM)
-    channel = tl.program_id(1) * BD + tl.arange(0, BD)
-    start = feature + image * per_image + layer.to(tl.int64) * per_layer + channel.to(tl.int64)[None, :] * per_channel
-    norms = inverse_ptr + (image * layers + layer) * n
-    used = (row < n)[:, None] & (channel < channels)[None, :]
-    acc = tl.zeros((BM, BD), kind)
-    chosen = (tl.load(gate + image * layers + layer) != 0) & (layer >= first)
-    slope = _slope(slope_ptr, image, layer, layers, kind)
-    if (chosen | (slope != 0)) & (layer >= first):
-        share = tl.where(chosen, 1.0 / _selected(gate, image, first, layers).to(kind), 0.0)
-        along = tl.zeros((BM,), kind)
-        for begin in range(0, n, BN):
-            column = begin + tl.arange(0, BN)
-            a = candidate_tile(source, image, layer, row, column, n, False, kind, OPTIONS)
-            w = GTILE(gradient, image, row, column, n, False, kind, OPTIONS) + GTILE(gradient, image, row, column, n, True, kind, OPTIONS)
-            w = tl.where(chosen, w * share, 0.0)
-            if decoder is not None:
-                f = decoder_tile(decoder, image, row, column, n, kind, OPTIONS)
-                w = w * f - 2.0 * slope * _sign(f, a, SIGNED)
-            if OPTIONS[2] is not None:
-                w = tl.where(a > OPTIONS[2], w, 0.0)
-            along += tl.sum(w * a, axis=1)
-            norm = tl.load(norms + column, mask=column < n, other=0.0)
-            inside = (column < n)[:, None] & (channel < channels)[None, :]
-            y = tl.load(start + column.to(tl.int64)[:, None] * per_token, mask=inside, other=0.0).to(kind)
-            acc = dot(w, y * norm[:, None], acc, PRECISION)
-        norm = tl.load(norms + row, mask=row < n, other=0.0)
-        x = tl.load(start + row.to(tl.int64)[:, None] * per_token, mask=used, other=0.0).to(kind)
-        acc = (acc - (x * norm[:, None]) * along[:, None]) * norm[:, None]
-    at = ((image * layers + layer) * channels + channel)[None, :] * n + row[:, None]
-    tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=used)
+def _strip(blocks, across, begin, BM: tl.constexpr, BN: tl.constexpr):
+    """(image, rows, columns) of a program that has one tile of a strip of rows."""
+    tile = tl.program_id(0) % (blocks * across)
+    image = (tl.program_id(0) // (blocks * across)).to(tl.int64)
+    return image, begin + (tile // across) * BM + tl.arange(0, BM), (tile % across) * BN + tl.arange(0, BN)
 
 
 @triton.jit
-def _decoder_kernel(out_ptr, features, decoder, encoder, gradient, slope_ptr, gate, first, layers, n, blocks, GTILE: tl.constexpr,
-                    SIGNED: tl.constexpr, kind: tl.constexpr, OPTIONS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
-                    BN: tl.constexpr, BD: tl.constexpr):  # fmt: skip
-    """The gradient of BM tokens and BD channels of the features of A_f; without an encoder, of A_f alone."""
-    feature, per_image, per_channel, per_token, channels = features
-    image = (tl.program_id(0) // blocks).to(tl.int64)
-    row = (tl.program_id(0) % blocks) * BM + tl.arange(0, BM)
-    channel = tl.program_id(1) * BD + tl.arange(0, BD)
-    acc = tl.zeros((BM, BD), kind)
-    for begin in range(0, n, BN):
-        column = begin + tl.arange(0, BN)
-        a = decoder_tile(decoder, image, row, column, n, kind, OPTIONS)
-        w = GTILE(gradient, image, row, column, n, False, kind, OPTIONS)
-        turned = GTILE(gradient, image, row, column, n, True, kind, OPTIONS)
-        if encoder is None:
-            w += turned
-        else:
-            total, other, signs = tl.zeros((BM, BN), kind), tl.zeros((BM, BN), kind), tl.zeros((BM, BN), kind)
-            for layer in range(first, layers):
-                chosen = tl.load(gate + image * layers + layer) != 0
-                slope = _slope(slope_ptr, image, layer, layers, kind)
-                if chosen | (slope != 0):
-                    b = candidate_tile(encoder, image, layer, row, column, n, False, kind, OPTIONS)
-                    total += tl.where(chosen, b, 0.0)
-                    signs += slope * _sign(a, b, SIGNED)
-                    if OPTIONS[0]:
-                        b = candidate_tile(encoder, image, layer, row, column, n, True, kind, OPTIONS)
-                    other += tl.where(chosen, b, 0.0)
-                    signs += slope * _sign(a, b, SIGNED)
-            w = (w * total + turned * other) / _selected(gate, image, first, layers).to(kind) + signs
-        w *= OPTIONS[3] * a * (1.0 - a)
-        inside = (column < n)[:, None] & (channel < channels)[None, :]
-        at = image * per_image + column.to(tl.int64)[:, None] * per_token + channel.to(tl.int64)[None, :] * per_channel
-        acc = dot(w, tl.load(feature + at, mask=inside, other=0.0).to(kind), acc, PRECISION)
-    at = (image * channels + channel)[None, :] * n + row[:, None]
-    tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=(row < n)[:, None] & (channel < channels)[None, :])
+def _store_strip(out_ptr, w, image, row, column, begin, end, n):
+    at = (image * (end - begin) + row - begin)[:, None] * n + column[None, :]
+    tl.store(out_ptr + at, w, mask=(row < end)[:, None] & (column < n)[None, :])
+
+
+@triton.jit
+def _encoder_weights(out_ptr, layer, begin, end, source, decoder, gradient, slope_ptr, gate, first, layers, n, blocks, across,
+                     GTILE: tl.constexpr, SIGNED: tl.constexpr, kind: tl.constexpr, OPTIONS: tl.constexpr, BM: tl.constexpr,
+                     BN: tl.constexpr):  # fmt: skip
+    """The gradient of a layer's cosines, which are `source`, of both roles of a token: rows `begin` up to `end`."""
+    image, row, column = _strip(blocks, across, begin, BM, BN)
+    w = tl.zeros((BM, BN), kind)
+    chosen = tl.load(gate + image * layers + layer) != 0
+    slope = _slope(slope_ptr, image, layer, layers, kind)
+    if chosen | (slope != 0):
+        share = tl.where(chosen, 1.0 / _selected(gate, image, first, layers).to(kind), 0.0)
+        w = GTILE(gradient, image, row, column, n, False, kind, OPTIONS) + GTILE(gradient, image, row, column, n, True, kind, OPTIONS)
+        w = tl.where(chosen, w * share, 0.0)
+        a = candidate_tile(source, image, layer, row, column, n, False, kind, OPTIONS)
+        if decoder is not None:
+            f = decoder_tile(decoder, image, row, column, n, kind, OPTIONS)
+            w = w * f - 2.0 * slope * _sign(f, a, SIGNED)
+        if OPTIONS[2] is not None:
+            w = tl.where(a > OPTIONS[2], w, 0.0)
+    _store_strip(out_ptr, w, image, row, column, begin, end, n)
+
+
+@triton.jit
+def _decoder_weights(out_ptr, begin, end, decoder, encoder, gradient, slope_ptr, gate, first, layers, n, blocks, across,
+                     GTILE: tl.constexpr, SIGNED: tl.constexpr, kind: tl.constexpr, OPTIONS: tl.constexpr, BM: tl.constexpr,
+                     BN: tl.constexpr):  # fmt: skip
+    """The gradient of the products of the decoder's features, of both roles of a token: rows `begin` up to `end`."""
+    image, row, column = _strip(blocks, across, begin, BM, BN)
+    a = decoder_tile(decoder, image, row, column, n, kind, OPTIONS)
+    w = GTILE(gradient, image, row, column, n, False, kind, OPTIONS)
+    turned = GTILE(gradient, image, row, column, n, True, kind, OPTIONS)
+    if encoder is None:
+        w += turned
+    else:
+        total, other, signs = tl.zeros((BM, BN), kind), tl.zeros((BM, BN), kind), tl.zeros((BM, BN), kind)
+        for layer in range(first, layers):
+            chosen = tl.load(gate + image * layers + layer) != 0
+            slope = _slope(slope_ptr, image, layer, layers, kind)
+            if chosen | (slope != 0):
+                b = candidate_tile(encoder, image, layer, row, column, n, False, kind, OPTIONS)
+                total += tl.where(chosen, b, 0.0)
+                signs += slope * _sign(a, b, SIGNED)
+                if OPTIONS[0]:
+                    b = candidate_tile(encoder, image, layer, row, column, n, True, kind, OPTIONS)
+                other += tl.where(chosen, b, 0.0)
+                signs += slope * _sign(a, b, SIGNED)
+        w = (w * total + turned * other) / _selected(gate, image, first, layers).to(kind) + signs
+    w *= OPTIONS[3] * a * (1.0 - a)
+    _store_strip(out_ptr, w, image, row, column, begin, end, n)
 
 
 @triton.jit
@@ -160,35 +147,52 @@ def _maps_kernel(out_ptr, decoder_out_ptr, decoder, encoder, gradient, slope_ptr
         tl.store(decoder_out_ptr + at, signs.to(decoder_out_ptr.dtype.element_ty), mask=inside)
 
 
-def _owner_blocks(name: str, channels: int, dtype: torch.dtype) -> dict[str, int]:
-    """64 tokens against 32 at a time: the tiles of a matrix are made once per 128 channels. float64 halves both for its registers."""
-    side, most = (32, 64) if dtype == torch.float64 else (64, 128)
-    default = {"BM": side, "BN": 32, "BD": power_of_2(channels, most=most), "num_warps": 8 if side == 64 else 4, "num_stages": 2}
-    other = [{**default, "BN": bn, "BD": power_of_2(channels, most=bd)} for bn, bd in ((64, 128), (32, 256), (64, 256))]
-    return config(f"{name}/d{power_of_2(channels)}", default, other)
+STRIP_BYTES = 32 << 20
 
 
-def _product(dtype: torch.dtype) -> str:
-    """How weights (float32) and features are multiplied: half types are exact in TF32, and the result is rounded to less."""
-    return "tf32" if dtype.itemsize == 2 else precision(dtype)
+def strip_rows(batch: int, n: int, size: int) -> int:
+    """Rows whose weights take 32 MiB, which a second-level cache holds; all rows of most images."""
+    return min(n, max(128, STRIP_BYTES // max(1, size * n * batch)))
 
 
-def _of_encoder(path, out, features, source, decoder, gradient, tile, slope, gate, first, signed, option, dtype) -> None:
-    batch, layers, channels, n = out.shape
-    meta = _owner_blocks("encoder_adjoint", channels, dtype)
-    blocks = triton.cdiv(n, meta["BM"])
-    launch(path, _encoder_kernel, (batch * layers * blocks, triton.cdiv(channels, meta["BD"])), out, features, source, decoder, gradient,
-           slope, gate, first, n, blocks, GTILE=tile, SIGNED=signed, kind=kind_of(dtype), OPTIONS=option, PRECISION=_product(dtype),
-           **meta)  # fmt: skip
+def _strips(path: str, kernel, batch: int, n: int, like: Tensor, *arguments, **options) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, their weights B×rows×N) one after the other. `arguments` are what the kernel takes between a strip's end and n."""
+    wide = like.dtype == torch.float64
+    side = {"BM": 32, "BN": 32, "num_warps": 4} if wide else {"BM": 64, "BN": 64, "num_warps": 8}
+    rows, across = strip_rows(batch, n, 8 if wide else 4), triton.cdiv(n, side["BN"])
+    buffer = like.new_empty(batch * rows * n, dtype=accumulator(like.dtype))
+    for begin in range(0, n, max(rows, 1)):
+        end = min(n, begin + rows)
+        blocks = triton.cdiv(end - begin, side["BM"])
+        weights = buffer[: batch * (end - begin) * n].view(batch, end - begin, n)
+        before, after = arguments
+        launch(path, kernel, (batch * blocks * across,), weights, *before, begin, end, *after, n, blocks, across,
+               kind=kind_of(like.dtype), **options, **side)  # fmt: skip
+        yield slice(begin, end), weights
+
+
+def _of_encoder(path, out, features, source, decoder, gradient, tile, slope, gate, first, signed, option) -> None:
+    """With unit features Y and weights W the gradient is (Y Wᵀ − Y (Y · Y Wᵀ)) / |x|. A layer that nothing selects has none."""
+    batch, layers, _, n = out.shape
+    feature, inverse = features[0], features[6]
+    out[:, :first] = 0
+    for layer in range(first, layers):
+        unit = feature[:, layer].to(inverse.dtype) * inverse[:, layer, None]
+        used = gate[:, layer] if slope is None else gate[:, layer] | (slope[:, layer] != 0)
+        arguments = (layer,), (source, decoder, gradient, slope, gate, first, layers)
+        for own, weights in _strips(path, _encoder_weights, batch, n, feature, *arguments, GTILE=tile, SIGNED=signed, OPTIONS=option):
+            mixed = torch.bmm(unit, weights.mT, out=torch.empty_like(unit[:, :, own], memory_format=torch.contiguous_format))
+            along = (unit[:, :, own] * mixed).sum(1, keepdim=True)
+            mixed = (mixed - unit[:, :, own] * along) * inverse[:, layer, None, own]
+            out[:, layer, :, own] = torch.where(used[:, None, None], mixed, 0)
 
 
 def _of_decoder(path, out, feature, decoder, encoder, gradient, tile, slope, gate, first, layers, signed, option) -> None:
-    batch, channels, n = out.shape
-    meta = _owner_blocks("decoder_adjoint", channels, feature.dtype)
-    blocks = triton.cdiv(n, meta["BM"])
-    launch(path, _decoder_kernel, (batch * blocks, triton.cdiv(channels, meta["BD"])), out, decoded(feature), decoder, encoder, gradient,
-           slope, gate, first, layers, n, blocks, GTILE=tile, SIGNED=signed, kind=kind_of(feature.dtype), OPTIONS=option,
-           PRECISION=_product(feature.dtype), **meta)  # fmt: skip
+    batch, _, n = out.shape
+    wide = feature.to(accumulator(feature.dtype))
+    arguments = (), (decoder, encoder, gradient, slope, gate, first, layers)
+    for own, weights in _strips(path, _decoder_weights, batch, n, feature, *arguments, GTILE=tile, SIGNED=signed, OPTIONS=option):
+        out[:, :, own] = torch.bmm(wide, weights.mT, out=torch.empty_like(wide[:, :, own], memory_format=torch.contiguous_format))
 
 
 def _of_maps(path, out, decoder_out, decoder, encoder, source, gradient, tile, slope, gate, first, signed, option) -> None:
@@ -206,9 +210,9 @@ def square(grad: Tensor, affinity: Tensor, feature: Tensor, cosine: bool, scale:
         layer = feature[:, None]
         features = candidates(layer, False, inverse_norms(layer))
         source = candidates(affinity[:, None], True, None) if kept else features
-        gate = torch.ones(feature.shape[0], dtype=torch.bool, device=feature.device)
+        gate = torch.ones(feature.shape[0], 1, dtype=torch.bool, device=feature.device)
         option = options(feature, kept, False, minimum)
-        _of_encoder(path, out[:, None], features, source, None, gradient, stored_tile, None, gate, 0, False, option, feature.dtype)
+        _of_encoder(path, out[:, None], features, source, None, gradient, stored_tile, None, gate, 0, False, option)
     else:
         decoder = stored(affinity) if kept else decoded(feature)
         option = options(feature, False, kept, None, scale)
@@ -236,5 +240,5 @@ def refining(path, gradient, tile, grad_deviation, decoder, encoder, gate, maps,
     if to_encoder.numel() and maps:
         _of_maps(path, to_encoder, None, given, encoder, source, gradient, tile, slope, gate, first, signed, option)
     elif to_encoder.numel():
-        _of_encoder(path, to_encoder, source, source, given, gradient, tile, slope, gate, first, signed, option, encoder.dtype)
+        _of_encoder(path, to_encoder, source, source, given, gradient, tile, slope, gate, first, signed, option)
     return to_decoder, to_encoder
