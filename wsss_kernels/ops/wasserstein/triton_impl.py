@@ -169,7 +169,7 @@ def _merge(by_row, by_column, own_ptr, constants_ptr, stats_ptr, loss_ptr, share
 @triton.jit
 def _weights(product_ptr, cosine_ptr, alpha_ptr, beta_ptr, square_ptr, norm_ptr, constants_ptr, given_ptr, stats_ptr, sums_ptr,
              begin, end, rows, columns, s_row, s_column, LOSS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    """α and β of the rows from `begin` to `end`; per program its share of the sums for a, b, lam and τ."""
+    """α and β of the rows from `begin` to `end`; per program its share of the sums for a, b, lam and τ, carried from strip to strip."""
     kind = product_ptr.dtype.element_ty
     local = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     row = begin + local
@@ -196,12 +196,12 @@ def _weights(product_ptr, cosine_ptr, alpha_ptr, beta_ptr, square_ptr, norm_ptr,
     # Each store needs both loads, so that α and β may lie where the products do.
     tl.store(alpha_ptr + at, slope * tl.load(constants_ptr).to(kind), mask=inside)
     tl.store(beta_ptr + at, g * decay + tl.where(far, through * q / apart, 0.0), mask=inside)
-    at = sums_ptr + (3 + LOSS) * ((begin // BM + tl.program_id(0)) * tl.num_programs(1) + tl.program_id(1))
-    tl.store(at, tl.sum(tl.sum(slope * distance, axis=1), axis=0))
-    tl.store(at + 1, tl.sum(tl.sum(slope, axis=1), axis=0))
-    tl.store(at + 2, tl.sum(tl.sum(through * uncertain, axis=1), axis=0))
+    at, later = sums_ptr + (3 + LOSS) * (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)), begin > 0
+    tl.store(at, tl.load(at, mask=later, other=0.0) + tl.sum(tl.sum(slope * distance, axis=1), axis=0))
+    tl.store(at + 1, tl.load(at + 1, mask=later, other=0.0) + tl.sum(tl.sum(slope, axis=1), axis=0))
+    tl.store(at + 2, tl.load(at + 2, mask=later, other=0.0) + tl.sum(tl.sum(through * uncertain, axis=1), axis=0))
     if LOSS:
-        tl.store(at + 3, -tl.sum(tl.sum(g * score, axis=1), axis=0) / tau)
+        tl.store(at + 3, tl.load(at + 3, mask=later, other=0.0) - tl.sum(tl.sum(g * score, axis=1), axis=0) / tau)
 
 
 def _tiles(name: str, dtype: torch.dtype) -> dict[str, int]:
@@ -292,7 +292,7 @@ def _backward(path: str, tensors, constants: Tensor, given: Tensor, stats: Tenso
     strip = rows if kept.numel() else _strip(rows, columns, kind.itemsize)
     meta, weights = _tiles(f"{path}.backward", kind), sides.rows.new_empty(2, strip, columns)
     gathered, total, mixed = torch.empty_like(sides.rows), torch.empty_like(sides.square), torch.empty_like(sides.unit)
-    part = sides.rows.new_empty(triton.cdiv(rows, meta["BM"]), triton.cdiv(columns, meta["BN"]), 3 if stats is None else 4)
+    part = sides.rows.new_empty(triton.cdiv(min(rows, strip), meta["BM"]), triton.cdiv(columns, meta["BN"]), 3 if stats is None else 4)
     for own in _slices(rows, max(1, strip)):
         alpha, beta = weights[:, : own.stop - own.start]
         product, cosine = kept if kept.numel() else (alpha, beta)
@@ -307,7 +307,7 @@ def _backward(path: str, tensors, constants: Tensor, given: Tensor, stats: Tenso
             out[first:].addmm_(weight.T, x[own], beta=again)
         torch.sum(alpha, 1, out=total[own])
         if again:
-            total[first:] += alpha.sum(0)
+            total[first:].add_(alpha.sum(0))
         else:
             torch.sum(alpha, 0, out=total[first:])
     return *gradients(f"{path}.backward.gradients", sides, gathered, total, mixed, tensors), part.sum((0, 1), dtype=torch.float64)
