@@ -45,7 +45,7 @@ def _score(product, cosine, square_ptr, norm_ptr, constants_ptr, row, column, ro
     q = lam * uncertain / apart
     # A GPU's exp2 is right to 2^-22.5 only, which a sharp temperature magnifies: near 1 a series is exact to the last digit.
     series = 1.0 - q * (1.0 - q * (0.5 - q * (1.0 / 6.0 - q / 24.0)))
-    decay = tl.where(q < (1e-3 if kind == tl.float64 else 0.03), series, tl.exp2(-q * LOG2E))
+    decay = tl.where(tl.abs(q) < (1e-3 if kind == tl.float64 else 0.03), series, tl.exp2(-q * LOG2E))
     return (cosine - 1) * decay, decay, q, apart, distance, uncertain, far
 
 
