@@ -177,7 +177,7 @@ def _of_encoder(path, out, features, source, decoder, gradient, tile, slope, gat
     feature, inverse = features[0], features[6]
     out[:, :first] = 0
     for layer in range(first, layers):
-        unit = feature[:, layer].to(inverse.dtype) * inverse[:, layer, None]
+        unit = (feature[:, layer].to(inverse.dtype) * inverse[:, layer, None]).contiguous()
         used = gate[:, layer] if slope is None else gate[:, layer] | (slope[:, layer] != 0)
         arguments = (layer,), (source, decoder, gradient, slope, gate, first, layers)
         for own, weights in _strips(path, _encoder_weights, batch, n, feature, *arguments, GTILE=tile, SIGNED=signed, OPTIONS=option):
@@ -189,7 +189,7 @@ def _of_encoder(path, out, features, source, decoder, gradient, tile, slope, gat
 
 def _of_decoder(path, out, feature, decoder, encoder, gradient, tile, slope, gate, first, layers, signed, option) -> None:
     batch, _, n = out.shape
-    wide = feature.to(accumulator(feature.dtype))
+    wide = feature.to(accumulator(feature.dtype)).contiguous()
     arguments = (), (decoder, encoder, gradient, slope, gate, first, layers)
     for own, weights in _strips(path, _decoder_weights, batch, n, feature, *arguments, GTILE=tile, SIGNED=signed, OPTIONS=option):
         out[:, :, own] = torch.bmm(wide, weights.mT, out=torch.empty_like(wide[:, :, own], memory_format=torch.contiguous_format))
