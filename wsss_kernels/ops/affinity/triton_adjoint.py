@@ -158,7 +158,8 @@ def strip_rows(batch: int, n: int, size: int) -> int:
 def _strips(path: str, kernel, batch: int, n: int, like: Tensor, *arguments, **options) -> Iterator[tuple[slice, Tensor]]:
     """(rows, their weights B×rows×N) one after the other. `arguments` are what the kernel takes between a strip's end and n."""
     wide = like.dtype == torch.float64
-    side = {"BM": 32, "BN": 32, "num_warps": 4} if wide else {"BM": 64, "BN": 64, "num_warps": 8}
+    # The decoder's kernel has tiles of several matrices in its registers at once.
+    side = {"BM": 32, "BN": 32, "num_warps": 4} if wide else {"BM": 32 if kernel is _decoder_weights else 64, "BN": 64, "num_warps": 8}
     rows, across = strip_rows(batch, n, 8 if wide else 4), triton.cdiv(n, side["BN"])
     buffer = like.new_empty(batch * rows * n, dtype=accumulator(like.dtype))
     for begin in range(0, n, max(rows, 1)):

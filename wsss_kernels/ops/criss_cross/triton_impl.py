@@ -44,7 +44,7 @@ def _products(a, b, a_position, b_position, length, channels, a_stride, b_stride
 @triton.jit
 def _logits(q, k, q_position, k_position, length, keys, strides, kind: tl.constexpr, COLUMN: tl.constexpr, BC: tl.constexpr):
     """Logits of queries × keys of a line, −∞ where there is no key. Exact to the last digit, which nothing scales before the softmax."""
-    acc = _products(q, k, q_position, k_position, length, keys, strides[0][1], strides[1][1], kind, BC, "ieee")
+    acc = _products(q, k, q_position, k_position, length, keys, strides[0][1], strides[1][1], kind, 16, "ieee")
     seen = (q_position < length)[:, None] & (k_position < length)[None, :]
     if COLUMN:
         seen = seen & (q_position[:, None] != k_position[None, :])
@@ -191,10 +191,10 @@ class _Maps:
         half = 2 if self.query.element_size() > 2 else 1
         default = {"BM": power_of_2(length, most=64 // half), "BN": power_of_2(length, most=128 // half)}
         warps = max(1 if default["BM"] == 16 else 4, default["BM"] * default["BN"] // 1024)
-        if self.query.element_size() == 4:  # two warps took half the time of eight on an H200
-            warps = max(1, default["BM"] * default["BN"] // 1024)
+        if self.query.element_size() == 4:  # eight took twice the time of fewer on an H200
+            warps = max(1, default["BM"] * default["BN"] // 512)
         default |= {"BC": 16 if self.kind == torch.float64 else 32, "num_warps": warps}
-        other = [{**default, "num_warps": w} for w in (1, 2, 4)] + [{**default, "BM": 64, "BN": 128, "num_warps": w} for w in (4, 8)]
+        other = [{**default, "num_warps": w} for w in (2, 4, 8)] + [{**default, "BM": 64, "BN": 128, "num_warps": w} for w in (4, 8)]
         return config(f"criss_cross/l{power_of_2(length)}b{self.query.element_size()}", default, other)
 
     def statistics(self) -> Tensor:
