@@ -72,8 +72,10 @@ def test_the_readme_takes_the_mode_of_the_case(tmp_path):
             ],
             path,
         )
-    found = readme._ratio(spec, readme.latest(path))
-    assert found == "2× eager (n784 c768); 3× eager (n784 c768, with backward)"
+    both = "2× eager (n784 c768); 3× eager (n784 c768, with backward)"
+    assert (
+        readme.cpu_figures(readme.latest(path))[readme._link(spec)] == readme.gpu_figures(readme.latest(path))[readme._link(spec)] == both
+    )
 
 
 def test_pictures_for_the_readme(tmp_path):
