@@ -147,6 +147,13 @@ def test_a_readme_is_not_emptied_by_a_csv_without_rows(tmp_path, monkeypatch, ca
         assert stop.value.code == 2 and message in capsys.readouterr().err and (tmp_path / "README.md").read_text() == page
 
 
+@pytest.mark.parametrize(("backend", "shown"), [("cpu", True), ("triton", False)])
+def test_training_steps_of_a_cpu_are_not_shown_beside_a_gpu(tmp_path, backend, shown):
+    bench.append([row(backend=backend)], tmp_path / "a.csv")
+    assert machine_report.main([str(tmp_path / "a.csv"), "--out", str(tmp_path)]) == 0
+    assert ("Whole training steps" in (tmp_path / "a.html").read_text()) is shown
+
+
 def test_a_csv_that_ends_within_a_row(tmp_path, capsys):
     path = tmp_path / "a.csv"
     bench.append([row(), row(case="b")], path)
