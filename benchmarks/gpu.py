@@ -156,7 +156,10 @@ def test_steps(folders: Sequence[str], rehearse: bool) -> Iterator[Step]:
             for backend in ("cuda", "triton"):
                 yield _pytest(f"tests/{folder}-{backend}", folder, MATRIX, backend, rehearse=True, alone=False, **samples)
         else:
-            yield _pytest(f"tests/{folder}", folder, MATRIX, "cuda,triton", rehearse=False, alone=False)
+            step = _pytest(f"tests/{folder}", folder, MATRIX, "cuda,triton", rehearse=False, alone=False)
+            if importlib.util.find_spec("xdist") is not None:  # tests compile kernels and compare on the CPU: they hardly load the GPU
+                step.command += ["-n", "4", "--dist", "worksteal"]
+            yield step
         backends = "cpu" if rehearse else "cuda,triton"
         yield _pytest(f"tests/{folder}-same-bits", folder, ("determinism", "memory"), backends, rehearse=rehearse, alone=True, **samples)
     if list(ROOT.glob("tests/test_gpu*.py")):
@@ -190,7 +193,7 @@ def bench_steps(folders: Sequence[str], cases: dict[str, list[tuple[str, str]]],
     for folder in folders:
         name, case = cases[folder][0]
         names = [part for name in dict.fromkeys(name for name, _ in cases[folder]) for part in ("--op", name)]
-        yield Step(f"bench/{folder}", [*command, "0.05", "--op", name, "--case", case] if rehearse else [*command, "1.5", *names])
+        yield Step(f"bench/{folder}", [*command, "0.05", "--op", name, "--case", case] if rehearse else [*command, "0.5", "--all", *names])
     if not rehearse:
         names = [part for folder in folders for name in dict.fromkeys(n for n, _ in cases[folder]) for part in ("--op", name)]
         yield Step("bench/sweeps", [*command, "0.3", "--sweep", "--minutes", "2", *names])

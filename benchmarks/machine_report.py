@@ -379,6 +379,9 @@ def main(argv: list[str] | None = None) -> int:
         steps = training_steps.read([STEPS] if options.end_to_end is None else options.end_to_end)
     except ValueError as error:
         parser.error(str(error))
+    if options.end_to_end is None:  # the project's own steps, where they ran on such a device
+        device = "cuda" if {"cuda", "triton"} & {row.backend for row in rows} else "cpu"
+        steps = [(name, record) for name, record in steps if record.get("device", "cpu") == device]
     try:
         path = write(rows, steps, options.out, options.csv.stem)
         if options.images:

@@ -72,8 +72,10 @@ def test_the_readme_takes_the_mode_of_the_case(tmp_path):
             ],
             path,
         )
-    found = readme._ratio(spec, readme.latest(path))
-    assert found == "2× eager (n784 c768); 3× eager (n784 c768, with backward)"
+    both = "2× eager (n784 c768); 3× eager (n784 c768, with backward)"
+    assert (
+        readme.cpu_figures(readme.latest(path))[readme._link(spec)] == readme.gpu_figures(readme.latest(path))[readme._link(spec)] == both
+    )
 
 
 def test_pictures_for_the_readme(tmp_path):
@@ -135,7 +137,7 @@ def test_the_reference_backend_has_no_share_that_nobody_measured():
 
 
 def test_a_readme_is_not_emptied_by_a_csv_without_rows(tmp_path, monkeypatch, capsys):
-    page = f"{readme.BEGIN}\n{readme.operator_table({})}\n{readme.END}"
+    page = f"{readme.BEGIN}\n{readme.operator_table({}, {})}\n{readme.END}"
     (tmp_path / "README.md").write_text(page)
     monkeypatch.setattr(readme, "ROOT", tmp_path)
     (tmp_path / "a.csv").write_text("")
@@ -143,6 +145,13 @@ def test_a_readme_is_not_emptied_by_a_csv_without_rows(tmp_path, monkeypatch, ca
         with pytest.raises(SystemExit) as stop:
             readme.main(["--csv", str(tmp_path / name)])
         assert stop.value.code == 2 and message in capsys.readouterr().err and (tmp_path / "README.md").read_text() == page
+
+
+@pytest.mark.parametrize(("backend", "shown"), [("cpu", True), ("triton", False)])
+def test_training_steps_of_a_cpu_are_not_shown_beside_a_gpu(tmp_path, backend, shown):
+    bench.append([row(backend=backend)], tmp_path / "a.csv")
+    assert machine_report.main([str(tmp_path / "a.csv"), "--out", str(tmp_path)]) == 0
+    assert ("Whole training steps" in (tmp_path / "a.html").read_text()) is shown
 
 
 def test_a_csv_that_ends_within_a_row(tmp_path, capsys):

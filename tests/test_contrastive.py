@@ -99,3 +99,23 @@ def test_nan_is_not_hidden(backend, device):
         wk.uncertainty_info_nce(x, y, y, y, x[:1].expand(7, 5), y, 0.1, backend=backend),
     )
     assert all(bool(loss.isnan()) for loss in losses)
+
+
+@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize(("backend", "device"), [b for b in runnable_backends(registry.spec("info_nce")) if b[0] == "triton"])
+def test_strips_of_rows_add_up(backend, device, labels, monkeypatch):
+    """Strips of 128 rows, the last of 44, give what one strip does, to the rounding of float64."""
+    from wsss_kernels.ops.contrastive import triton_impl
+
+    x, y = (torch.randn(300, 33, dtype=torch.float64, device=device, requires_grad=True) for _ in range(2))
+    tau = torch.tensor(0.07, dtype=torch.float64, device=device, requires_grad=True)
+    label = torch.randint(5, (300,), device=device) if labels else None
+
+    def both():
+        loss = wk.info_nce(x, y, tau, label=label, backend=backend)
+        return loss.detach(), *torch.autograd.grad(loss, (x, y, tau))
+
+    whole = both()
+    monkeypatch.setattr(triton_impl, "STRIP_BYTES", 1)
+    for part, expected in zip(both(), whole, strict=True):
+        torch.testing.assert_close(part, expected, rtol=1e-11, atol=1e-14)

@@ -31,6 +31,13 @@ def channels_last(t):
     return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
 
 
+def same(a, b):
+    """Equal bits; on a GPU, where strides choose the kernel's tiles and with them the order of sums, equal to rounding."""
+    a, b = a.double().nan_to_num(), b.double().nan_to_num()
+    bound = 16 * torch.finfo(torch.float32).eps * float(b.abs().max()) if b.is_cuda and b.numel() else 0.0
+    return bool(((a - b).abs() <= bound).all())
+
+
 @pytest.mark.parametrize("layout", [transposed, sliced, reversed_strides, channels_last])
 @pytest.mark.parametrize(("spec", "backend", "device"), backend_params())
 def test_layout(spec, backend, device, layout):
@@ -39,7 +46,7 @@ def test_layout(spec, backend, device, layout):
         if not sample.small and backend != "cpu":
             continue
         plain, laid = run(spec, backend, *call), run(spec, backend, *map_tensors(cast(call, torch.float32), layout))
-        assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(plain, laid, strict=True))
+        assert all(same(a, b) for a, b in zip(plain, laid, strict=True))
 
 
 def run(spec, backend, args, kwargs):
@@ -62,7 +69,7 @@ def test_expanded_gradient(spec, backend, device):
         live = [t for t in flatten(spec.public(*args, **kwargs, backend=backend)) if t.requires_grad]
         ones = [torch.ones((), dtype=t.dtype, device=t.device).expand(t.shape) if expand else torch.ones_like(t) for t in live]
         grads.append(torch.autograd.grad(live, inputs, ones, allow_unused=True, materialize_grads=True))
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    assert all(same(a, b) for a, b in zip(*grads, strict=True))
 
 
 @pytest.mark.parametrize(("spec", "backend", "device"), backend_params())
@@ -75,4 +82,4 @@ def test_expanded_input(spec, backend, device):
     with torch.no_grad():
         a = flatten(spec.public(*expanded[0], **expanded[1], backend=backend))
         b = flatten(spec.public(*dense[0], **dense[1], backend=backend))
-    assert all(torch.equal(x.double().nan_to_num(), y.double().nan_to_num()) for x, y in zip(a, b, strict=True))
+    assert all(same(x, y) for x, y in zip(a, b, strict=True))

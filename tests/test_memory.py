@@ -5,7 +5,7 @@ import torch
 from conftest import backend_params
 
 import wsss_kernels as wk
-from wsss_kernels.testing import flatten, peak_memory, runnable_backends
+from wsss_kernels.testing import flatten, map_tensors, peak_memory, runnable_backends
 
 
 def cases():
@@ -20,8 +20,7 @@ def cases():
 
 @pytest.mark.parametrize(("spec", "backend", "device", "case"), cases())
 def test_peak(spec, backend, device, case):
-    args, kwargs = case.make()
-    args = [a.to(device) if isinstance(a, torch.Tensor) else a for a in args]
+    args, kwargs = map_tensors(case.make(), lambda t: t.to(device))
     with torch.no_grad():
         spec.public(*args, **kwargs, backend=backend)
         peak, result = peak_memory(lambda: spec.public(*args, **kwargs, backend=backend))

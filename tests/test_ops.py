@@ -5,7 +5,18 @@ import torch
 from conftest import backend_params, sample_params
 
 from wsss_kernels import registry
-from wsss_kernels.testing import DTYPES, HALVES, arguments, assert_matches_truth, cast, flatten, launch_paths, poisoned_allocations, threads
+from wsss_kernels.testing import (
+    DTYPES,
+    HALVES,
+    arguments,
+    assert_matches_truth,
+    cast,
+    flatten,
+    launch_paths,
+    map_tensors,
+    poisoned_allocations,
+    threads,
+)
 
 
 def expected(spec, sample, dtype):
@@ -58,7 +69,8 @@ def test_matches_truth(spec, backend, device, sample, dtype):
 @pytest.mark.parametrize(("spec", "backend", "device"), backend_params(with_reference=True))
 def test_invariants(spec, backend, device):
     def run(*args, **kwargs):
-        return spec.public(*cast(args, torch.float64, device), **cast(kwargs, torch.float64, device), backend=backend)
+        result = spec.public(*cast(args, torch.float64, device), **cast(kwargs, torch.float64, device), backend=backend)
+        return map_tensors(result, lambda t: t.cpu())
 
     for law in spec.invariants:
         law(run)

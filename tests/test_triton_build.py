@@ -38,6 +38,18 @@ def test_compiles_without_unexplained_spills(spec, tmp_path):
     assert not spilled, f"bytes of stack: {spilled}; fewer registers, or the reason in the operator's README"
 
 
+@pytest.mark.slow
+def test_compiles_with_the_oldest_triton(tmp_path):
+    """PyTorch 2.10 and 2.11 bring Triton 3.6, which takes less of Python than later ones do."""
+    if run("-c", "import triton; raise SystemExit(triton.__version__ >= '3.6.1')").returncode == 0:
+        pytest.skip("the installed Triton is the oldest one, which the other tests use")
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--target", str(tmp_path), "--no-deps", "triton==3.6.0"], check=True)
+    old = f"{tmp_path}{os.pathsep}{ROOT}"
+    assert run("-c", "import triton; print(triton.__version__)", PYTHONPATH=old).stdout.strip() == "3.6.0"
+    done = run("-m", "wsss_kernels.aot", "--arch", "90", "--dtype", "float32", timeout=3000, PYTHONPATH=old)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
 def test_usage_errors():
     done = run("-m", "wsss_kernels.aot", "--op", "nonsense")
     assert done.returncode == 2 and "there is no operator 'nonsense'" in done.stderr

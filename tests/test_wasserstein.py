@@ -61,3 +61,32 @@ def test_backward_stays_streaming():
         pytest.skip("the reference stores the matrix of pairs")
     peak, _ = peak_memory(lambda: torch.autograd.grad(wk.uncertainty_info_nce(*args, 0.07), args))
     assert peak < 4096 * 4096 * 4 / 2
+
+
+@pytest.mark.parametrize(("backend", "device"), [b for b in backends("uncertainty_info_nce") if b[0] == "triton"])
+def test_strips_of_the_products_are_as_good_as_all_of_them(backend, device, monkeypatch):
+    """Real strips hold 16 MiB: only sizes that take minutes in the interpreter have several."""
+    from wsss_kernels.ops.wasserstein import triton_impl
+
+    monkeypatch.setattr(triton_impl, "STRIP_BYTES", 0)
+    given = [torch.randn(300, 3 + (i % 3 == 0), dtype=torch.float64, device=device, requires_grad=True) for i in range(6)]
+    some = [*given[:3], *(t[:70] for t in given[3:])]
+    found = []
+    for chosen in (backend, "reference"):
+        loss = wk.uncertainty_info_nce(*given, 0.25, backend=chosen)
+        similarity = wk.uncertainty_similarity(*some, backend=chosen)
+        found.append([loss, similarity, *torch.autograd.grad(loss + similarity.square().mean(), given)])
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize(("backend", "device"), [b for b in backends("wasserstein2") if b[0] != "reference"])
+def test_near_gaussians_keep_their_distance(backend, device):
+    """|x|² + |y|² − 2 x·y of rows a thousandth apart would be rounding errors alone, below them where rows repeat, on any library."""
+    mu, sigma = torch.randn(40, 90, device=device), torch.rand(40, 90, device=device)
+    mu, sigma = mu[torch.arange(80) % 40], sigma[torch.arange(80) % 40]
+    found = wk.wasserstein2(mu, sigma, mu, sigma, backend=backend)
+    assert bool((found[:40, 40:].diagonal() == 0).all()) and bool((found.diagonal() == 0).all())
+    if backend == "triton":
+        near = mu + 1e-3 * torch.randn_like(mu)
+        truth = wk.wasserstein2(mu.double(), sigma.double(), near.double(), sigma.double(), backend="reference").float().diagonal()
+        torch.testing.assert_close(wk.wasserstein2(mu, sigma, near, sigma, backend=backend).diagonal(), truth, rtol=2e-3, atol=0)

@@ -12,6 +12,11 @@ struct Call : WalkShape {
   using WalkShape::WalkShape;
 
   bool in_block() const { return n <= sinkhorn::kBlockTokens && batch < (int64_t(1) << 31); }
+  // Room for the sums of slices of rows.
+  Tensor partials(const Tensor& like) const {
+    const int64_t count = in_block() || !batch ? 0 : sinkhorn::partial_sums(n, batch, std::max<int64_t>(classes, 1));
+    return wsss::new_empty(like, {count}, ScalarType::Double);
+  }
   Tape tape(const Tensor& t) const {
     return {{static_cast<double*>(t.mutable_data_ptr()), n, rounds, rows() * n}, classes, power};
   }
@@ -41,6 +46,7 @@ std::tuple<Tensor, Tensor> random_walk_fwd(const Tensor& affinity, const Tensor&
   if (call.still()) return {mask ? c : torch::stable::clone(c), tape};
   Tensor result = wsss::new_empty(c, sizes_of(c));
   if (!call.batch) return {result, tape};
+  const Tensor partial = call.partials(c);
   for_cuda_type("random_walk", a, [&](auto tag) {
     using T = decltype(tag);
     const Matrices<T> m{in<T>(a), call.n, call.batch};
@@ -50,7 +56,8 @@ std::tuple<Tensor, Tensor> random_walk_fwd(const Tensor& affinity, const Tensor&
              call.tape(tape), out<T>(result));
     } else {
       WSSS_PATH("random_walk.cuda.launches.fwd");
-      forward(sinkhorn::Launches<T>{m, device.stream()}, in<T>(c), call.tape(tape), out<T>(result));
+      forward(sinkhorn::Launches<T>{m, device.stream(), out<double>(partial)}, in<T>(c), call.tape(tape),
+              out<T>(result));
     }
   });
   return {masked(result, mask, target, device), tape};
@@ -72,6 +79,7 @@ std::tuple<Tensor, Tensor> random_walk_bwd(const Tensor& grad, const Tensor& aff
   }
   Tensor grad_cam = wsss::new_empty(c, sizes_of(c));
   if (!call.batch) return {grad_cam, grad_affinity};
+  const Tensor partial = call.partials(c);
   const Tensor work = wsss::new_empty(c, {call.batch, (power + 1) * call.classes + 2, call.n}, ScalarType::Double);
   const Tensor rounds = wsss::new_empty(c, {call.batch, 2 * sinkhorn_iter, call.n}, ScalarType::Double);
   for_cuda_type("random_walk", a, [&](auto tag) {
@@ -86,7 +94,7 @@ std::tuple<Tensor, Tensor> random_walk_bwd(const Tensor& grad, const Tensor& aff
              out<T>(grad_cam), to);
     } else {
       WSSS_PATH("random_walk.cuda.launches.bwd");
-      backward(sinkhorn::Launches<T>{m, device.stream()}, in<T>(c), g, out<T>(grad_cam), to);
+      backward(sinkhorn::Launches<T>{m, device.stream(), out<double>(partial)}, in<T>(c), g, out<T>(grad_cam), to);
     }
   });
   return {masked(grad_cam, mask, !target, device), grad_affinity};

@@ -8,12 +8,18 @@
 namespace wsss::sinkhorn {
 namespace {
 
+// Room for the sums of slices of rows, of one vector.
+Tensor partials(const Tensor& like, int64_t n, int64_t batch) {
+  return wsss::new_empty(like, {n > kBlockTokens && batch ? partial_sums(n, batch, 1) : 0}, ScalarType::Double);
+}
+
 // The scalings of every round in float64, B×2·num_iter×N: col_1, row_1, col_2, ...; and the normalised matrix where
 // its tensor is given.
 Tensor scale(const Square& square, int64_t num_iter, Tensor* normalised, const OnDevice& device) {
   const auto& [given, batch, n] = square;
   WSSS_CHECK(num_iter >= 0, "sinkhorn: num_iter must be at least 0, got ", num_iter);
   Tensor scales = wsss::new_empty(given, {batch, 2 * num_iter, n}, ScalarType::Double);
+  const Tensor partial = partials(given, n, batch);
   if (batch && n)
     for_cuda_type("sinkhorn", given, [&, &given = given, batch = batch, n = n](auto tag) {
       using T = decltype(tag);
@@ -25,7 +31,7 @@ Tensor scale(const Square& square, int64_t num_iter, Tensor* normalised, const O
         launch(forward_block<T>, dim3(unsigned(batch)), dim3(kThreads), 0, device.stream(), m, s, to);
       } else {
         WSSS_PATH("sinkhorn.cuda.launches.fwd");
-        forward(Launches<T>{m, device.stream()}, m, s, to);
+        forward(Launches<T>{m, device.stream(), out<double>(partial)}, m, s, to);
       }
     });
   return scales;
@@ -74,6 +80,7 @@ Tensor sinkhorn_bwd(const Tensor& grad, const Tensor& matrix, const Tensor& scal
   Tensor result = wsss::new_empty(given, sizes_of(matrix));
   const int64_t rounds = saved.size(1) / 2;
   const Tensor work = wsss::new_empty(given, {batch, 2 * rounds, n}, ScalarType::Double);
+  const Tensor partial = partials(given, n, batch);
   if (batch && n)
     for_cuda_type("sinkhorn", given, [&, &given = given, batch = batch, n = n](auto tag) {
       using T = decltype(tag);
@@ -84,7 +91,7 @@ Tensor sinkhorn_bwd(const Tensor& grad, const Tensor& matrix, const Tensor& scal
         launch(backward_block<T>, dim3(unsigned(batch)), dim3(kThreads), 0, device.stream(), m, g, a, out<T>(result));
       } else {
         WSSS_PATH("sinkhorn.cuda.launches.bwd");
-        backward(Launches<T>{m, device.stream()}, g, a, out<T>(result));
+        backward(Launches<T>{m, device.stream(), out<double>(partial)}, g, a, out<T>(result));
       }
     });
   return result;

@@ -5,12 +5,15 @@
 // line, sum) takes their sum, vector by vector in order. An algorithm is written once, for a runner: InBlock runs it in
 // one launch, one block a matrix, Launches runs every pass as a launch of its own.
 #pragma once
+#include <algorithm>
+
 #include "wsss/cuda_block.h"
 
 namespace wsss::sinkhorn {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarpThreads;
-constexpr int kVectors = 4;            // that share one reading of the matrix
+constexpr int kVectors = 8;            // that share one reading of the matrix
+constexpr int kRowsTogether = 4;       // of a warp, which share one reading of the vectors
 constexpr int64_t kBlockTokens = 128;  // largest matrix of one block
 
 // Of Sinkhorn's sums: what is smaller has nothing to normalise and stays 0.
@@ -37,38 +40,51 @@ struct Matrices {
   __device__ const T* at(int64_t b) const { return data + b * n * n; }
 };
 
-// One warp: the products of row i with all vectors of the pass.
-template <class T, class P>
+// One warp: the products of `kRows` rows from row i on with all vectors of the pass.
+template <int kRows, class T, class P>
 __device__ void row_products(const Matrices<T>& m, int64_t b, int64_t i, const P& pass) {
   const int lane = int(threadIdx.x) % kWarpThreads;
   const T* row = m.at(b) + i * m.n;
   for (int64_t first = 0; first < pass.count(); first += kVectors) {
     const int many = int(first + kVectors < pass.count() ? kVectors : pass.count() - first);
-    double sum[kVectors] = {};
+    double sum[kRows][kVectors] = {};
     for (int64_t j = lane; j < m.n; j += kWarpThreads) {
-      const double entry = as_double(row[j]);
+      double entry[kRows];
       WSSS_UNROLL
-      for (int k = 0; k < kVectors; ++k)
-        if (k < many) sum[k] += entry * pass.weight(b, first + k, i, j);
+      for (int r = 0; r < kRows; ++r) entry[r] = i + r < m.n ? as_double(row[r * m.n + j]) : 0.;
+      WSSS_UNROLL
+      for (int k = 0; k < kVectors; ++k) {
+        if (k < many) {
+          WSSS_UNROLL
+          for (int r = 0; r < kRows; ++r)
+            if (r == 0 || i + r < m.n) sum[r][k] += entry[r] * pass.weight(b, first + k, i + r, j);
+        }
+      }
     }
     WSSS_UNROLL
-    for (int k = 0; k < kVectors; ++k) {
-      for (int d = kWarpThreads / 2; d > 0; d /= 2) sum[k] += __shfl_xor_sync(~0u, sum[k], d);
-      if (lane == 0 && k < many) pass.finish(b, first + k, i, sum[k]);
+    for (int r = 0; r < kRows; ++r) {
+      WSSS_UNROLL
+      for (int k = 0; k < kVectors; ++k) {
+        if (k >= many || i + r >= m.n) continue;
+        for (int d = kWarpThreads / 2; d > 0; d /= 2) sum[r][k] += __shfl_xor_sync(~0u, sum[r][k], d);
+        if (lane == 0) pass.finish(b, first + k, i + r, sum[r][k]);
+      }
     }
   }
 }
 
-// The block: the products of 32 columns, rows shared out among its warps and added in their order.
-template <class T, class P>
-__device__ void column_products(const Matrices<T>& m, int64_t b, int64_t tile, const P& pass) {
+// The block: the products of 32 columns with the rows from `begin` up to `end`, shared out among its warps and added in
+// their order. take(k, column, sum) has the sums, vector by vector in order.
+template <class T, class P, class Take>
+__device__ void column_products(const Matrices<T>& m, int64_t b, int64_t tile, int64_t begin, int64_t end,
+                                const P& pass, const Take& take) {
   WSSS_SHARED(double, parts, [kVectors][kWarps][kWarpThreads]);
   const int lane = int(threadIdx.x) % kWarpThreads, warp = int(threadIdx.x) / kWarpThreads;
   const int64_t j = tile * kWarpThreads + lane;
   for (int64_t first = 0; first < pass.count(); first += kVectors) {
     const int many = int(first + kVectors < pass.count() ? kVectors : pass.count() - first);
     double sum[kVectors] = {};
-    for (int64_t i = warp; j < m.n && i < m.n; i += kWarps) {
+    for (int64_t i = begin + warp; j < m.n && i < end; i += kWarps) {
       const double entry = as_double(m.at(b)[i * m.n + j]);
       WSSS_UNROLL
       for (int k = 0; k < kVectors; ++k)
@@ -80,20 +96,44 @@ __device__ void column_products(const Matrices<T>& m, int64_t b, int64_t tile, c
     for (int k = 0; warp == 0 && j < m.n && k < many; ++k) {
       double total = 0;
       for (int w = 0; w < kWarps; ++w) total += parts[k][w][lane];
-      pass.finish(b, first + k, j, total);
+      take(first + k, j, total);
     }
     __syncthreads();
   }
 }
 
-template <class T, class P>
-__global__ void __launch_bounds__(kThreads, 1) rows_kernel(Matrices<T> m, int64_t blocks, P pass) {
-  const int64_t i = blockIdx.x % blocks * kWarps + threadIdx.x / kWarpThreads;
-  if (i < m.n) row_products(m, blockIdx.x / blocks, i, pass);
+template <int kRows, class T, class P>
+__global__ void __launch_bounds__(kThreads) rows_kernel(Matrices<T> m, int64_t blocks, P pass) {
+  const int64_t i = (blockIdx.x % blocks * kWarps + threadIdx.x / kWarpThreads) * kRows;
+  if (i < m.n) row_products<kRows>(m, blockIdx.x / blocks, i, pass);
 }
 template <class T, class P>
-__global__ void __launch_bounds__(kThreads, 1) columns_kernel(Matrices<T> m, int64_t tiles, P pass) {
-  column_products(m, blockIdx.x / tiles, blockIdx.x % tiles, pass);
+__global__ void __launch_bounds__(kThreads) columns_kernel(Matrices<T> m, int64_t tiles, P pass) {
+  const int64_t b = blockIdx.x / tiles;
+  column_products(m, b, blockIdx.x % tiles, 0, m.n, pass,
+                  [&](int64_t k, int64_t j, double sum) { pass.finish(b, k, j, sum); });
+}
+// A slice of the rows: blockIdx.y of gridDim.y. partial: [batch][slices][vectors][n].
+template <class T, class P>
+__global__ void __launch_bounds__(kThreads)
+    column_slices_kernel(Matrices<T> m, int64_t tiles, int64_t rows, double* partial, P pass) {
+  const int64_t b = blockIdx.x / tiles, begin = blockIdx.y * rows;
+  double* to = partial + (b * gridDim.y + blockIdx.y) * pass.count() * m.n;
+  column_products(m, b, blockIdx.x % tiles, begin, begin + rows < m.n ? begin + rows : m.n, pass,
+                  [&](int64_t k, int64_t j, double sum) { to[k * m.n + j] = sum; });
+}
+// Adds the slices in order, one thread a column.
+template <class P>
+__global__ void __launch_bounds__(kThreads)
+    column_sums_kernel(const double* partial, int64_t n, int64_t batch, int64_t slices, P pass) {
+  const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x, b = at / n, j = at % n;
+  if (b >= batch) return;
+  const double* from = partial + b * slices * pass.count() * n + j;
+  for (int64_t k = 0; k < pass.count(); ++k) {
+    double sum = 0;
+    for (int64_t s = 0; s < slices; ++s) sum += from[(s * pass.count() + k) * n];
+    pass.finish(b, k, j, sum);
+  }
 }
 template <class P>
 __global__ void __launch_bounds__(kThreads, 1) cells_kernel(int64_t cells, int64_t batch, P pass) {
@@ -108,12 +148,14 @@ struct InBlock {
 
   template <class P>
   __device__ void rows(const P& pass) const {
-    for (int64_t i = threadIdx.x / kWarpThreads; i < m.n; i += kWarps) row_products(m, blockIdx.x, i, pass);
+    for (int64_t i = threadIdx.x / kWarpThreads; i < m.n; i += kWarps) row_products<1>(m, blockIdx.x, i, pass);
     __syncthreads();
   }
   template <class P>
   __device__ void columns(const P& pass) const {
-    for (int64_t tile = 0; tile * kWarpThreads < m.n; ++tile) column_products(m, blockIdx.x, tile, pass);
+    const int64_t b = blockIdx.x;
+    for (int64_t tile = 0; tile * kWarpThreads < m.n; ++tile)
+      column_products(m, b, tile, 0, m.n, pass, [&](int64_t k, int64_t j, double sum) { pass.finish(b, k, j, sum); });
   }
   template <class P>
   __device__ void cells(int64_t count, const P& pass) const {
@@ -122,10 +164,22 @@ struct InBlock {
   }
 };
 
+// Where the columns' tiles do not fill the GPU several times over, into how many slices of at least 64 rows they are
+// cut.
+inline int64_t column_slices(int64_t n, int64_t batch) {
+  const int64_t wanted = 4 * multiprocessors() / (blocks_for(n, kWarpThreads) * batch);
+  return std::max<int64_t>(1, std::min({wanted, n / 64, int64_t(64)}));
+}
+inline int64_t partial_sums(int64_t n, int64_t batch, int64_t vectors) {
+  const int64_t slices = column_slices(n, batch);
+  return slices > 1 ? slices * batch * vectors * n : 0;
+}
+
 template <class T>
 struct Launches {
   Matrices<T> m;
   cudaStream_t stream;
+  double* partial;  // partial_sums(n, batch, the most vectors of a pass)
 
   static dim3 grid(int64_t blocks) {
     WSSS_CHECK(blocks < (int64_t(1) << 31), "sinkhorn: the matrices are too large");
@@ -133,13 +187,22 @@ struct Launches {
   }
   template <class P>
   void rows(const P& pass) const {
-    const int64_t blocks = blocks_for(m.n, kWarps);
-    launch(rows_kernel<T, P>, grid(m.batch * blocks), dim3(kThreads), 0, stream, m, blocks, pass);
+    const bool many = m.n * m.batch >= int64_t(kRowsTogether) * kWarps * 2 * multiprocessors();
+    const int64_t blocks = blocks_for(m.n, many ? kWarps * kRowsTogether : kWarps);
+    launch(many ? rows_kernel<kRowsTogether, T, P> : rows_kernel<1, T, P>, grid(m.batch * blocks), dim3(kThreads), 0,
+           stream, m, blocks, pass);
   }
   template <class P>
   void columns(const P& pass) const {
-    const int64_t tiles = blocks_for(m.n, kWarpThreads);
-    launch(columns_kernel<T, P>, grid(m.batch * tiles), dim3(kThreads), 0, stream, m, tiles, pass);
+    const int64_t tiles = blocks_for(m.n, kWarpThreads), slices = column_slices(m.n, m.batch);
+    if (slices == 1)
+      return launch(columns_kernel<T, P>, grid(m.batch * tiles), dim3(kThreads), 0, stream, m, tiles, pass);
+    dim3 cut = grid(m.batch * tiles);
+    cut.y = unsigned(slices);
+    launch(column_slices_kernel<T, P>, cut, dim3(kThreads), 0, stream, m, tiles, blocks_for(m.n, slices), partial,
+           pass);
+    launch(column_sums_kernel<P>, grid(blocks_for(m.n * m.batch, kThreads)), dim3(kThreads), 0, stream, partial, m.n,
+           m.batch, slices, pass);
   }
   template <class P>
   void cells(int64_t count, const P& pass) const {

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton import LOG2E, accumulator, config, dot, launch, power_of_2, precision
+from ..._triton import LOG2E, accumulator, config, dot, launch, multiply_adds, power_of_2
 from ..sinkhorn.triton_impl import kind_of, stored, stored_tile
 
 
@@ -269,7 +269,7 @@ def tile_blocks(name: str, dtype: torch.dtype, channels: int) -> dict[str, int]:
 def options(encoder: Tensor, maps: bool, stored_decoder: bool, minimum: float | None, scale: float = 1.0) -> tuple:
     """The OPTIONS of `candidate_tile`. Factors of multiply-adds lie in registers for a whole step: 16 channels keep them from spilling."""
     step = 16 if encoder.element_size() >= 4 else 64
-    return maps, stored_decoder, minimum, scale, precision(encoder.dtype), step
+    return maps, stored_decoder, minimum, scale, multiply_adds(encoder.dtype), step
 
 
 def candidates(encoder: Tensor, maps: bool, inverse: Tensor | None) -> tuple:

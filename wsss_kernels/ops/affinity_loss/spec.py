@@ -106,10 +106,19 @@ def _case(
 
 
 def _peak(feature, label, **_) -> float:
-    """Rows of one image, its labels and coordinates, packed columns, a tile of each thread."""
+    """Rows of one image, its labels and coordinates, packed columns, a tile of each thread.
+
+    On a GPU a strip of products, the sums and counts of tiles of them, and a copy of features of half precision or another layout.
+    """
     size, cells = feature.element_size(), feature.shape[2] * feature.shape[3]
     rows = (cells + 128) * (feature.shape[1] + 64) * size
-    return rows + 64 * cells + 8 * label.numel() + (256 * feature.shape[1] + 64 * 272 * torch.get_num_threads()) * size
+    usual = rows + 64 * cells + 8 * label.numel() + (256 * feature.shape[1] + 64 * 272 * torch.get_num_threads()) * size
+    if not feature.is_cuda:
+        return usual
+    batch, wide = feature.shape[0], max(4, size)
+    strip = min(batch * cells * cells * wide, max(32 << 20, 128 * cells * wide))
+    tiles = batch * (cells / 32 + 1) * (cells / 64 + 1)
+    return usual + strip + 16 * tiles + batch * (cells + 16) + (0 if size == wide and feature.is_contiguous() else feature.numel() * wide)
 
 
 SPECS = (
@@ -124,7 +133,7 @@ SPECS = (
         autocast="fp32",
         invariants=(order_of_cells_does_not_matter, wide_radius_is_no_limit, void_cells_do_not_matter, zero_features_are_undecided),
         malformed=malformed,
-        paths={"cpu": ("affinity_loss.cpu",), "triton": ("affinity_loss.triton", "affinity_loss.triton.backward")},
+        paths={"cpu": ("affinity_loss.cpu",), "triton": ("affinity_loss.triton", "affinity_loss.triton.count")},
         cases=(
             _case(1, 256, 20, 20),
             _case(4, 256, 32, 32, quick=False),

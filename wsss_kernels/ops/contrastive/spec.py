@@ -48,6 +48,7 @@ def info_nce_samples() -> list[Sample]:
     y = (x + randn(13, 5, seed=5)).bfloat16().double()
     big, big_label = _clusters(331, 37, 5)
     other = (big + randn(331, 37, seed=5)).bfloat16().double()
+    wide = randn(13, 48, seed=6)
     rows = (torch.arange(13) % 5 > 0)[:, None]
     return [
         Sample("typical", (x, y, _temperature(0.5))),
@@ -63,6 +64,10 @@ def info_nce_samples() -> list[Sample]:
         Sample("separated", (torch.eye(13, dtype=torch.float64), torch.eye(13, dtype=torch.float64) + 0.01 * randn(13, 13), 0.25)),
         Sample("sharp", (x, y, 0.004), gradcheck=False),
         Sample("several blocks", (big, other, _temperature(0.125)), {"label": big_label}, small=False),
+        Sample("many features", (wide, wide + randn(13, 48, seed=7), _temperature(0.5)), {"label": label}),
+        Sample("many features, sharp", (wide, randn(13, 48, seed=7), 0.004), gradcheck=False),
+        Sample("many features, one pair", (wide[:1], wide[1:2], _temperature(0.5)), {"reduction": "sum"}),
+        Sample("many features, empty", (wide[:0], wide[:0], _temperature(0.5))),
         Sample("several groups", (randn(1201, 40), randn(1201, 40, seed=1), 0.07), {"reduction": "sum"}, small=False),
         Sample("wide blocks", (randn(2111, 16), randn(2111, 16, seed=1), 0.1), {"reduction": "sum"}, small=False),
         Sample("long rows", (randn(300, 300), randn(300, 300, seed=1), 0.07), {"reduction": "sum"}, small=False),
@@ -171,8 +176,13 @@ def _supcon_peak(z, label, temperature=0.1, **_) -> float:
 
 
 def _info_nce_peak(x, y, temperature, **_) -> float:
-    """As above for both sides, and 32 partial statistics of every row."""
-    return 2 * _side(*x.shape, x.element_size()) + 400 * x.shape[0] + 16 * (x.shape[1] * 256 + 16384) * x.element_size()
+    """As above for both sides, and 32 partial statistics of every row; on a GPU a strip of products and 8 numbers per 32 of them."""
+    size = max(4, x.element_size())
+    usual = 2 * _side(*x.shape, x.element_size()) + 400 * x.shape[0] + 16 * (x.shape[1] * 256 + 16384) * x.element_size()
+    if not x.is_cuda:
+        return usual
+    strip = min(x.shape[0] ** 2 * size, max(32 << 20, 128 * x.shape[0] * size))
+    return usual + 1.25 * strip + 256 * x.shape[0] * size
 
 
 SPECS = (
@@ -205,7 +215,10 @@ SPECS = (
         float32_outputs=(0,),
         invariants=(distinct_labels_are_the_plain_loss, exchange_of_the_sides_does_not_matter, mean_is_sum_over_anchors),
         malformed=info_nce_malformed,
-        paths={"cpu": ("info_nce.cpu",), "triton": ("info_nce.triton", "info_nce.triton.backward")},
+        paths={
+            "cpu": ("info_nce.cpu",),
+            "triton": tuple(f"info_nce.triton{strip}{way}" for strip in ("", ".strip") for way in ("", ".backward")),
+        },
         cases=(
             _info_nce_case(256, 128),
             _info_nce_case(1024, 128),

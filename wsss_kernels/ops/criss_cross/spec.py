@@ -101,6 +101,8 @@ def _flops(query, key, value) -> float:
 def _peak(query, key, value) -> int:
     """Two statistics per pixel of the columns and of the whole; per thread the weights of a row or of 16 neighbouring columns."""
     batch, _, height, width = query.shape
+    if query.is_cuda:  # channels-last copies of the maps and of the result, two pairs of statistics
+        return 4 * (query.numel() + key.numel() + 2 * value.numel() + 4 * batch * height * width)
     stride = -(-width // 32) * 32
     return 4 * (4 * batch * height * stride + torch.get_num_threads() * max((height + 67) * height * 16, (width + 3) * stride))
 

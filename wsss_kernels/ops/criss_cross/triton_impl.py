@@ -42,10 +42,9 @@ def _products(a, b, a_position, b_position, length, channels, a_stride, b_stride
 
 
 @triton.jit
-def _logits(q, k, q_position, k_position, length, keys, strides, kind: tl.constexpr, COLUMN: tl.constexpr, BC: tl.constexpr,
-            PRECISION: tl.constexpr):  # fmt: skip
-    """Logits of queries × keys of a line, −∞ where there is no key."""
-    acc = _products(q, k, q_position, k_position, length, keys, strides[0][1], strides[1][1], kind, BC, PRECISION)
+def _logits(q, k, q_position, k_position, length, keys, strides, kind: tl.constexpr, COLUMN: tl.constexpr, BC: tl.constexpr):
+    """Logits of queries × keys of a line, −∞ where there is no key. Exact to the last digit, which nothing scales before the softmax."""
+    acc = _products(q, k, q_position, k_position, length, keys, strides[0][1], strides[1][1], kind, 16, "ieee")
     seen = (q_position < length)[:, None] & (k_position < length)[None, :]
     if COLUMN:
         seen = seen & (q_position[:, None] != k_position[None, :])
@@ -70,7 +69,7 @@ def _statistics(query, key, before, after, lines, length, blocks, keys, strides,
     for start in range(0, length, BN):
         other = start + tl.arange(0, BN)
         k = _start(key, image, line, other, strides[1])
-        logits = _logits(q, k, position, other, length, keys, strides, kind, COLUMN, BC, PRECISION)
+        logits = _logits(q, k, position, other, length, keys, strides, kind, COLUMN, BC)
         above = tl.maximum(top, tl.max(logits, axis=1))
         anchor = tl.where(above == float("-inf"), 0.0, above)
         total = total * tl.exp2((top - anchor) * LOG2E) + tl.sum(tl.exp2((logits - anchor[:, None]) * LOG2E), axis=1)
@@ -91,7 +90,7 @@ def _statistics(query, key, before, after, lines, length, blocks, keys, strides,
 def _weights(q, k, v, g, stats, inner, q_position, k_position, length, keys, values, strides, pixels, s_position, kind: tl.constexpr,
              GRADIENT: tl.constexpr, COLUMN: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """A tile of weights, or with GRADIENT of the logits' gradients, queries × keys. stats and inner point to the line."""
-    logits = _logits(q, k, q_position, k_position, length, keys, strides, kind, COLUMN, BC, PRECISION)
+    logits = _logits(q, k, q_position, k_position, length, keys, strides, kind, COLUMN, BC)
     at, inside = q_position * s_position, q_position < length
     top, inverse = tl.load(stats + at, mask=inside, other=0.0), tl.load(stats + pixels + at, mask=inside, other=0.0)
     weight = tl.exp2((logits - top[:, None]) * LOG2E) * inverse[:, None]
@@ -175,7 +174,7 @@ class _Maps:
     """Query, key and value of a call, and how their lines are cut into blocks."""
 
     def __init__(self, query: Tensor, key: Tensor, value: Tensor):
-        self.query, self.key, self.value = query, key, value
+        self.query, self.key, self.value = (_channels_last(t) for t in (query, key, value))
         self.batch, self.keys, self.height, self.width = query.shape
         self.kind = accumulator(query.dtype)
         self.pixels = self.height * self.width
@@ -191,12 +190,12 @@ class _Maps:
         """64 own positions against a line of up to 128, whose weights then stay in registers; wider types halve both."""
         half = 2 if self.query.element_size() > 2 else 1
         default = {"BM": power_of_2(length, most=64 // half), "BN": power_of_2(length, most=128 // half)}
-        # float32 is multiplied without tensor cores: its factors take registers, which more warps have.
-        warps = max(1 if default["BM"] == 16 else 4, default["BM"] * default["BN"] // 1024) * (2 if self.query.element_size() == 4 else 1)
-        default |= {"BC": 32 if self.query.element_size() == 2 else 16, "num_warps": warps}
-        return config(
-            f"criss_cross/l{power_of_2(length)}b{self.query.element_size()}", default, [{**default, "num_warps": w} for w in (2, 4, 8)]
-        )
+        warps = max(1 if default["BM"] == 16 else 4, default["BM"] * default["BN"] // 1024)
+        if self.query.element_size() == 4:  # eight took twice the time of fewer on an H200
+            warps = max(1, default["BM"] * default["BN"] // 512)
+        default |= {"BC": 16 if self.kind == torch.float64 else 32, "num_warps": warps}
+        other = [{**default, "num_warps": w} for w in (2, 4, 8)] + [{**default, "BM": 64, "BN": 128, "num_warps": w} for w in (4, 8)]
+        return config(f"criss_cross/l{power_of_2(length)}b{self.query.element_size()}", default, other)
 
     def statistics(self) -> Tensor:
         last: Tensor | None = None
@@ -228,7 +227,7 @@ class _Maps:
     def gather(self, path: str, x: Tensor, stats: Tensor, grad: Tensor | None, inner: Tensor | None, like: Tensor, own_key=False,
                gradient=False) -> Tensor:  # fmt: skip
         """Columns into a buffer of the accumulator's type, then rows; into the result itself where it has that type."""
-        out, channels = torch.empty_like(like), x.shape[1]
+        out, channels = torch.empty_like(like, memory_format=torch.channels_last), x.shape[1]
         before = out if out.dtype == self.kind else torch.empty_like(out, dtype=self.kind)
         added = False
         for column, lines, length, plane in self.lines():
@@ -244,7 +243,12 @@ class _Maps:
                    self.value.shape[1], channels, span, _strides(column, *maps, out), self.pixels, *plane, OWN_KEY=own_key,
                    GRADIENT=gradient, COLUMN=column, ADD=added, ONE=one, BD=width, **meta, **self.exact)  # fmt: skip
             added = True
-        return out
+        return torch.empty_like(like).copy_(out) if like.stride() != out.stride() else out
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """Rows and columns are read alike where the channels of a pixel lie together: else a column takes a cache line per element."""
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _strides(column: bool, *maps: Tensor) -> tuple[tuple[int, ...], ...]:
@@ -255,15 +259,15 @@ def _strides(column: bool, *maps: Tensor) -> tuple[tuple[int, ...], ...]:
 def criss_cross_fwd(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     maps = _Maps(query, key, value)
     stats = maps.statistics()
-    return maps.gather("criss_cross.triton", value, stats, None, None, value), stats
+    return maps.gather("criss_cross.triton", maps.value, stats, None, None, value), stats
 
 
 def criss_cross_bwd(query, key, value, result, statistics, grad) -> tuple[Tensor, Tensor, Tensor]:
     maps, path = _Maps(query, key, value), "criss_cross.triton.backward"
-    statistics = statistics.contiguous()
+    statistics, grad = statistics.contiguous(), _channels_last(grad)
     inner = maps.inner(statistics, grad)
     return (
-        maps.gather(path, key, statistics, grad, inner, query, gradient=True),
-        maps.gather(path, query, statistics, grad, inner, key, own_key=True, gradient=True),
+        maps.gather(path, maps.key, statistics, grad, inner, query, gradient=True),
+        maps.gather(path, maps.query, statistics, grad, inner, key, own_key=True, gradient=True),
         maps.gather(path, grad, statistics, grad, inner, value, own_key=True),
     )

@@ -11,6 +11,7 @@ from ... import _args, _dispatch
 from ..._dispatch import Backend, Operator, apply
 from ..._once import once_differentiable
 from . import reference
+from .resize import resized
 
 PAR_OP = Operator("par", backends=(Backend("cuda"), Backend("cpu")))
 
@@ -136,9 +137,9 @@ def par(
     size: list[int] = []
     if chosen == "cuda":  # the CPU's kernels resize row by row
         if resize == "mask":
-            mask = reference.resized(mask, image.shape[-2:])
+            mask = resized(mask, image.shape[-2:])
         elif resize == "image":
-            image = reference.resized(image, mask.shape[-2:])
+            image = resized(image, mask.shape[-2:])
     elif resize == "mask" and mask.shape[-2:] != image.shape[-2:]:
         size = list(image.shape[-2:])
     return apply(_Par, image, mask, chosen, size, steps, num_iter, variant == "pamr", *scales, w3, exact)

@@ -5,7 +5,7 @@ import torch
 from ..._spec import Case, Malformed, OpSpec, Sample, Sweep, rand
 from ..affinity import reference as affinity_reference
 from ..affinity.spec import TILE, refining_bytes, refining_flops, refining_inputs, refining_malformed, scaled, spread_features, spread_maps
-from ..sinkhorn.spec import CHUNKS, positive, with_empty
+from ..sinkhorn.spec import CHUNKS, positive, slice_bytes, with_empty
 from . import api, reference
 
 
@@ -166,7 +166,7 @@ def walk_bytes(cam, sinkhorn_iter: int = 3, power: int = 2, **_) -> float:
     """Column sums of a chunk per class, the tape, the scratch vectors of a pass, and the masked maps."""
     batch, classes, n = cam.shape[0], cam.shape[1], cam.shape[-2] * cam.shape[-1]
     tape, scratch = 8 * (2 * sinkhorn_iter + 3 * classes * power), 4 * (2 * classes + 1) + 8 * (2 * classes + 2)
-    return 1.0 * n * (4 * CHUNKS * classes + scratch + batch * (tape + 8 * classes))
+    return 1.0 * n * (4 * CHUNKS * classes + scratch + batch * (tape + 8 * classes)) + slice_bytes(cam, n, classes)
 
 
 def _affinity_walk_bytes(cam, decoder_feature, encoder, mask=None, *, encoder_is="feature", streaming=None, **options) -> float:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton import accumulator, config, dot, launch, power_of_2, precision
+from ..._triton import accumulator, config, dot, launch, multiply_adds, power_of_2
 
 
 @triton.jit
@@ -54,7 +54,7 @@ def _tile(pixels, inside, text_ptr, row, classes, channels, s_channel, kind: tl.
         c = start + channel
         v = tl.load(pixels[None, :] + c.to(tl.int64)[:, None] * s_channel, mask=(c < channels)[:, None] & inside[None, :], other=0.0)
         t = tl.load(text_ptr + row[:, None] * channels + c[None, :], mask=(row < classes)[:, None] & (c < channels)[None, :], other=0.0)
-        acc = dot(t, v, acc, PRECISION)
+        acc += dot(t, v, tl.zeros_like(acc), PRECISION)  # short sums: one of all channels would round too often
         square += tl.sum(v.to(kind) * v.to(kind), axis=0)
     return acc, square
 
@@ -134,7 +134,7 @@ def _map_gradient(visual_ptr, text_ptr, scale_ptr, grad_ptr, out_ptr, inverse_pt
     inverse = _inverse_length(square, address, inside, channels, s_channel, NORMALIZE, BC)
     along = along * inverse
     tl.store(inverse_ptr + image * pixels + pixel, inverse, mask=inside)
-    tl.store(slope_ptr + tl.program_id(0), tl.sum(tl.where(inside, along, 0.0), axis=0))
+    tl.store(slope_ptr + tl.program_id(0), tl.sum(tl.where(inside, along, 0.0).to(tl.float64), axis=0))
     scale = tl.load(scale_ptr).to(kind)
     for start in range(0, channels, BC):
         c = start + tl.arange(0, BC)
@@ -166,7 +166,7 @@ def _text_gradient(visual_ptr, inverse_ptr, grad_ptr, out_ptr, blocks, images, c
         at = image * s_image + pixel[:, None] * s_pixel + c.to(tl.int64)[None, :] * s_channel
         v = tl.load(visual_ptr + at, mask=inside[:, None] & (c < channels)[None, :], other=0.0).to(kind)
         inverse = tl.load(inverse_ptr + image * pixels + pixel, mask=inside, other=0.0)
-        acc = dot(g, v * inverse[:, None], acc, PRECISION)
+        acc += dot(g, v * inverse[:, None], tl.zeros_like(acc), PRECISION)
     at = (part * classes + row)[:, None] * channels + c[None, :]
     tl.store(out_ptr + at, acc, mask=(row < classes)[:, None] & (c < channels)[None, :])
 
@@ -241,7 +241,7 @@ def text_similarity_fwd(visual: Tensor, text: Tensor, scale: Tensor, normalize: 
     meta = _blocks("text_similarity", classes, channels, visual.dtype)
     blocks = triton.cdiv(pixels, meta["BP"])
     launch("text_similarity.triton", _maps, (batch * blocks, triton.cdiv(classes, meta["BT"])), visual, text.contiguous(), scale, out,
-           blocks, classes, channels, pixels, *strides, NORMALIZE=normalize, PRECISION=precision(visual.dtype), **meta)  # fmt: skip
+           blocks, classes, channels, pixels, *strides, NORMALIZE=normalize, PRECISION=multiply_adds(visual.dtype), **meta)  # fmt: skip
     return out
 
 
@@ -252,8 +252,8 @@ def text_similarity_bwd(visual, text, scale, grad, normalize: bool) -> tuple[Ten
     text, grad = text.contiguous(), grad.contiguous()
     meta = _blocks("text_similarity.backward", classes, channels, visual.dtype)
     blocks = triton.cdiv(pixels, meta["BP"])
-    inverse, slope = visual.new_empty(batch, pixels, dtype=kind), visual.new_empty(batch * blocks, dtype=kind)
-    exact = precision(visual.dtype)
+    inverse, slope = visual.new_empty(batch, pixels, dtype=kind), visual.new_empty(batch * blocks, dtype=torch.float64)
+    exact = multiply_adds(visual.dtype)
     launch("text_similarity.triton.backward", _map_gradient, (batch * blocks,), visual, text, scale, grad, out, inverse, slope,
            blocks, classes, channels, pixels, *strides, NORMALIZE=normalize, PRECISION=exact, **meta)  # fmt: skip
     # About two programs for each multiprocessor of an H100; their parts are added in order.
@@ -261,7 +261,7 @@ def text_similarity_bwd(visual, text, scale, grad, normalize: bool) -> tuple[Ten
     parts = max(1, min(batch * blocks, 264 // max(1, shares * rows)))
     part = visual.new_empty(parts, classes, channels, dtype=kind)
     launch("text_similarity.triton.text", _text_gradient, (parts * shares, rows), visual, inverse, grad, part, blocks, batch, classes,
-           channels, pixels, shares, parts, *strides, PRECISION=precision(kind), **meta)  # fmt: skip
+           channels, pixels, shares, parts, *strides, PRECISION=multiply_adds(kind), **meta)  # fmt: skip
     return out, (part.sum(0) * scale.to(kind)).to(text.dtype), slope.sum().to(scale.dtype)
 
 
@@ -274,7 +274,7 @@ def text_similarity_pool_fwd(visual: Tensor, text: Tensor, scale: Tensor, normal
     index = visual.new_empty(value.shape, dtype=torch.int64)
     launch("text_similarity_pool.triton", _maxima, (batch * blocks, triton.cdiv(classes, meta["BT"])), visual, text.contiguous(), scale,
            value, index, blocks, classes, channels, pixels, *strides,
-           NORMALIZE=normalize, PRECISION=precision(visual.dtype), **meta)  # fmt: skip
+           NORMALIZE=normalize, PRECISION=multiply_adds(visual.dtype), **meta)  # fmt: skip
     top, block = value.max(dim=1)  # the first of equal blocks
     return top.to(visual.dtype), index.gather(1, block[:, None])[:, 0]
 

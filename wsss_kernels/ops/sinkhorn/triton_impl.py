@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton import accumulator, config, dot, launch, power_of_2, precision
+from ..._triton import accumulator, config, dot, launch, multiply_adds, power_of_2
 
 _EMPTY = tl.constexpr(torch.finfo(torch.float32).tiny)
 """A sum below the smallest normal float32 has nothing to normalise, in float64 too."""
@@ -157,7 +157,7 @@ class Matrix:
     def __init__(self, like: Tensor, source: tuple, tile=stored_tile, options=None):
         self.batch, self.n = like.shape[0], like.shape[-1]
         self.source, self.tile, self.options, self.side = source, tile, options, tile_side(like.dtype)
-        self.kind, self.precision = kind_of(like.dtype), precision(accumulator(like.dtype))
+        self.kind, self.precision = kind_of(like.dtype), multiply_adds(accumulator(like.dtype))
 
     def blocks(self) -> dict[str, int]:
         """16 rows a program, so that even 784 tokens occupy 49 multiprocessors; tiles that are recomputed are square."""

@@ -214,13 +214,15 @@ def _distance_peak(mu_x, sigma_x, mu_y, sigma_y) -> float:
 
 
 def _similarity_peak(sem_x, mu_x, sigma_x, sem_y, mu_y, sigma_y, **_) -> float:
-    size, depth = mu_x.element_size(), 2 * mu_x.shape[1] + sem_x.shape[1]
-    return _padded(mu_x.shape[0], depth, size) + _padded(mu_y.shape[0], depth, size) + 16 * (128 * depth + 16384) * size
+    """As for the distance; on a GPU also a strip of both products (16 MiB, at least 128 rows)."""
+    size, depth, rows, columns = mu_x.element_size(), 2 * mu_x.shape[1] + sem_x.shape[1], mu_x.shape[0], mu_y.shape[0]
+    strip = min(rows, max(128, (8 << 20) // (size * max(1, columns)))) if mu_x.is_cuda else 0
+    return _padded(rows, depth, size) + _padded(columns, depth, size) + 16 * (128 * depth + 16384) * size + 2.0 * strip * columns * size
 
 
 def _loss_peak(sem_x, mu_x, sigma_x, sem_y, mu_y, sigma_y, temperature, **_) -> float:
-    """As for the similarity, and 32 partial statistics of every row."""
-    return _similarity_peak(sem_x, mu_x, sigma_x, sem_y, mu_y, sigma_y) + 400 * mu_x.shape[0]
+    """As for the similarity, and 32 partial statistics of every row; on a GPU one for every 32 rows of a strip and for shares of columns."""
+    return _similarity_peak(sem_x, mu_x, sigma_x, sem_y, mu_y, sigma_y) + (800 if mu_x.is_cuda else 400) * mu_x.shape[0]
 
 
 _SIX = ("sem_x", "mu_x", "sigma_x", "sem_y", "mu_y", "sigma_y")
@@ -243,7 +245,7 @@ SPECS = (
         malformed=distance_malformed,
         paths={
             "cpu": ("wasserstein.distance",),
-            "triton": ("wasserstein.triton", "wasserstein.triton.squares", "wasserstein.triton.backward"),
+            "triton": ("wasserstein.triton", "wasserstein.triton.rows", "wasserstein.triton.backward"),
         },
         cases=(Case("n256_d512", lambda: (_inputs(256, 512)[:4], {})),),
         sweeps=(Sweep("N", {n: Case(f"n{n}_d512", lambda n=n: (_inputs(n, 512)[:4], {})) for n in (64, 128, 256, 512)}, 2),),
@@ -263,7 +265,12 @@ SPECS = (
         malformed=similarity_malformed,
         paths={
             "cpu": ("wasserstein.similarity",),
-            "triton": ("uncertainty.triton", "uncertainty.triton.backward", "uncertainty.triton.backward.gather"),
+            "triton": (
+                "uncertainty.triton",
+                "uncertainty.triton.rows",
+                "uncertainty.triton.backward",
+                "uncertainty.triton.backward.gradients",
+            ),
         },
         cases=(Case("n256_d512", lambda: (_inputs(256, 512), {}), backward=True),),
         sweeps=(Sweep("N", {n: Case(f"n{n}_d512", lambda n=n: (_inputs(n, 512), {}), backward=True) for n in (64, 128, 256)}, 2),),
@@ -286,8 +293,10 @@ SPECS = (
             "cpu": ("wasserstein.loss",),
             "triton": (
                 "uncertainty_info_nce.triton",
+                "uncertainty_info_nce.triton.rows",
+                "uncertainty_info_nce.triton.merge",
                 "uncertainty_info_nce.triton.backward",
-                "uncertainty_info_nce.triton.backward.gather",
+                "uncertainty_info_nce.triton.backward.gradients",
             ),
         },
         cases=(

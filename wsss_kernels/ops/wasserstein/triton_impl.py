@@ -1,43 +1,25 @@
-"""Triton kernels of the Wasserstein distance, similarity and loss: tiles of pairs made from two products, nothing N×N is stored.
+"""Triton kernels of the Wasserstein distance, similarity and loss: strips of rows of pairs from two matrix products, no N×N beside results.
 
-With x, y the centred rows [μ, σ] and ŝ the unit semantic rows, a tile of pairs needs x·yᵀ (D_2W) and ŝx·ŝyᵀ (cos and D_s); the rest
-happens in registers. The loss works on score = ŝim − 1 = −(1 − cos)·exp(−q), q = lam·D_u/D_s, which is small where float32 is precise.
+With x, y the centred rows [μ, σ] and ŝ the unit semantic rows, a strip of pairs is x·yᵀ (D_2W) and ŝx·ŝyᵀ (cos and D_s) by `torch.mm`,
+whose float32 products no `tl.dot` comes near; one kernel reads both and does the rest. Products are written with `out=` or in place,
+which autocast leaves alone. The loss works on score = ŝim − 1 = −(1 − cos)·exp(−q), q = lam·D_u/D_s, which is small where float32 is precise.
 
-Backward, a strip of rows at a time: one kernel makes the pairs again and writes α = ∂/∂D_2W and β = ∂/∂cos of the strip, a second
-one gathers α·y, αᵀ·x, β·ŝy, βᵀ·ŝx and the sums of α, so that dx = 2 (x Σα − α·y). With g = ∂/∂score and t = −g·score/D_s:
+Backward: one kernel writes α = ∂/∂D_2W and β = ∂/∂cos over the strip's products (beside them where they were kept), products gather
+α·y, αᵀ·x, β·ŝy, βᵀ·ŝx, and dx = 2 (x Σα − α·y) with the gradient of the unit rows is a last kernel. With g = ∂/∂score, t = −g·score/D_s:
 α = t·lam·a, β = g·exp(−q) + t·q/D_s, da = Σ t·lam·D_2W, db = Σ t·lam, dlam = Σ t·D_u, dτ = −Σ g·score/τ (the g of a row add up to 0).
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton import LOG2E, accumulator, config, dot, launch, precision, unit_rows, unit_rows_backward
+from ..._triton import LOG2E, config, launch, precision
+from .triton_rows import both_sides, gradients
 
-
-@triton.jit
-def _product(x_ptr, y_ptr, row, column, rows, columns, depth, BK: tl.constexpr, PRECISION: tl.constexpr):
-    k = tl.arange(0, BK)
-    acc = tl.zeros((row.shape[0], column.shape[0]), x_ptr.dtype.element_ty)
-    for start in range(0, depth, BK):
-        inside = start + k < depth
-        x = tl.load(x_ptr + row[:, None] * depth + start + k[None, :], mask=(row < rows)[:, None] & inside[None, :], other=0.0)
-        y = tl.load(y_ptr + column[None, :] * depth + start + k[:, None], mask=(column < columns)[None, :] & inside[:, None], other=0.0)
-        acc = dot(x, y, acc, PRECISION)
-    return acc
-
-
-@triton.jit
-def _squares(x_ptr, square_ptr, rows, depth, BM: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):
-    """|x|² as the diagonal of a product, so that the distance of equal rows is exactly 0."""
-    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    acc = _product(x_ptr, x_ptr, row, row, rows, rows, depth, BK, PRECISION)
-    tl.store(square_ptr + row, tl.sum(tl.where(row[:, None] == row[None, :], acc, 0.0), axis=1), mask=row < rows)
+STRIP_BYTES = 16 << 20
 
 
 @triton.jit
@@ -45,112 +27,158 @@ def _distance(product, square_x, square_y, row, column, rows, columns):
     x = tl.load(square_x + row, mask=row < rows, other=0.0)
     y = tl.load(square_y + column, mask=column < columns, other=0.0)
     distance = x[:, None] + y[None, :] - 2 * product
-    return tl.where(distance < 0, 0.0, distance)
+    return tl.where(distance < 0, 0.0, distance), x[:, None] + y[None, :]
 
 
 @triton.jit
-def _score(distance, cosine, norm_x, norm_y, constants_ptr, row, column, rows, columns):
-    """(score, exp(−q), q, D_s, D_u, whether D_s is above its clamp) of a tile."""
+def _score(product, cosine, square_ptr, norm_ptr, constants_ptr, row, column, rows, columns):
+    """(score, exp(−q), q, D_s, D_2W, D_u, whether D_s is above its clamp) of a tile. Squares and norms of y follow those of x."""
     kind = cosine.dtype
-    a, b, lam = (
-        tl.load(constants_ptr).to(kind),
-        tl.load(constants_ptr + 1).to(kind),
-        tl.load(constants_ptr + 2).to(kind),
-    )
-    x = (tl.load(norm_x + row, mask=row < rows, other=1.0) > 0).to(kind)
-    y = (tl.load(norm_y + column, mask=column < columns, other=1.0) > 0).to(kind)
+    distance, _both = _distance(product, square_ptr, square_ptr + rows, row, column, rows, columns)
+    a, b, lam = tl.load(constants_ptr).to(kind), tl.load(constants_ptr + 1).to(kind), tl.load(constants_ptr + 2).to(kind)
+    x = (tl.load(norm_ptr + row, mask=row < rows, other=1.0) > 0).to(kind)
+    y = (tl.load(norm_ptr + rows + column, mask=column < columns, other=1.0) > 0).to(kind)
     square = x[:, None] + y[None, :] - 2 * cosine
     far = square > 1e-12
     apart = tl.sqrt(tl.where(far, square, 1e-12))
     uncertain = a * distance + b
     q = lam * uncertain / apart
-    decay = tl.exp2(-q * LOG2E)
-    return (cosine - 1) * decay, decay, q, apart, uncertain, far
+    # A GPU's exp2 is right to 2^-22.5 only, which a sharp temperature magnifies: near 1 a series is exact to the last digit.
+    series = 1.0 - q * (1.0 - q * (0.5 - q * (1.0 / 6.0 - q / 24.0)))
+    decay = tl.where(tl.abs(q) < (1e-3 if kind == tl.float64 else 0.03), series, tl.exp2(-q * LOG2E))
+    return (cosine - 1) * decay, decay, q, apart, distance, uncertain, far
 
 
 @triton.jit
-def _pairs(x_ptr, y_ptr, square_x, square_y, sem_x, sem_y, norm_x, norm_y, constants_ptr, out_ptr, kept_product, kept_cosine, rows, columns,
-           depth, semantic, SEMANTIC: tl.constexpr, KEEP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def _distances(
+    pairs_ptr, rows_ptr, square_ptr, rows, columns, depth, NEAR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+):
+    """Distances over the products. Those below NEAR·(|x|² + |y|²), where rounding decides, are summed as Σ(x − y)², exactly 0 for equal rows."""
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    column = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)
-    product = _product(x_ptr, y_ptr, row, column, rows, columns, depth, BK, PRECISION)
-    value = _distance(product, square_x, square_y, row, column, rows, columns)
-    inside, at = (row < rows)[:, None] & (column < columns)[None, :], row[:, None] * columns + column[None, :]
-    if SEMANTIC:
-        cosine = _product(sem_x, sem_y, row, column, rows, columns, semantic, BK, PRECISION)
-        if KEEP:
-            tl.store(kept_product + at, product, mask=inside)
-            tl.store(kept_cosine + at, cosine, mask=inside)
-        score, _decay, _q, _apart, _du, _far = _score(value, cosine, norm_x, norm_y, constants_ptr, row, column, rows, columns)
-        value = score + 1
-    tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=inside)
+    local = tl.arange(0, BN)
+    column = tl.program_id(1).to(tl.int64) * BN + local
+    at = pairs_ptr + row[:, None] * columns + column[None, :]
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    product = tl.load(at, mask=inside, other=0.0)
+    distance, both = _distance(product, square_ptr, square_ptr + rows, row, column, rows, columns)
+    left = (inside & (distance < NEAR * both)).to(tl.int32)
+    while tl.max(tl.max(left, axis=1), axis=0) > 0:  # most tiles have no such pair; a turn takes one column of every row
+        chosen = tl.max(tl.where(left > 0, local[None, :] + 1, 0), axis=1)
+        partner = rows + tl.program_id(1).to(tl.int64) * BN + chosen - 1
+        total = tl.zeros((BM,), distance.dtype)
+        for start in range(0, depth, BK):
+            k = start + tl.arange(0, BK)
+            mask = (chosen > 0)[:, None] & (k < depth)[None, :]
+            x = tl.load(rows_ptr + row[:, None] * depth + k[None, :], mask=mask, other=0.0)
+            y = tl.load(rows_ptr + partner[:, None] * depth + k[None, :], mask=mask, other=0.0)
+            total += tl.sum((x - y) * (x - y), axis=1)
+        hit = local[None, :] == chosen[:, None] - 1
+        distance = tl.where(hit, total[:, None], distance)
+        left = tl.where(hit, 0, left)
+    tl.store(at, distance, mask=inside)
 
 
 @triton.jit
-def _loss(x_ptr, y_ptr, square_x, square_y, sem_x, sem_y, norm_x, norm_y, constants_ptr, by_row, by_column, kept_product, kept_cosine, count, depth,
-          semantic, groups, shares, span,
-          KEEP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Running maxima and sums of exponentials of a group of row blocks against a share of the columns, by row and by column.
+def _similarity(
+    product_ptr, cosine_ptr, out_ptr, square_ptr, norm_ptr, constants_ptr, begin, end, rows, columns, BM: tl.constexpr, BN: tl.constexpr
+):
+    """The similarity of the rows from `begin` to `end`, whose products are given."""
+    local = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    row = begin + local
+    column = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)
+    inside, at = (row < end)[:, None] & (column < columns)[None, :], local[:, None] * columns + column[None, :]
+    product, cosine = tl.load(product_ptr + at, mask=inside, other=0.0), tl.load(cosine_ptr + at, mask=inside, other=0.0)
+    score, _decay, _q, _apart, _d2, _du, _far = _score(product, cosine, square_ptr, norm_ptr, constants_ptr, row, column, rows, columns)
+    tl.store(out_ptr + row[:, None] * columns + column[None, :], (score + 1).to(out_ptr.dtype.element_ty), mask=inside)
 
-    by_row: (maximum, sum, score of the own partner) × share × row; by_column: (maximum, sum) × group × column.
+
+@triton.jit
+def _loss(product_ptr, cosine_ptr, square_ptr, norm_ptr, constants_ptr, by_row, by_column, own_ptr, begin, end, count, groups, shares, span,
+          BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    """Maxima and sums of exponentials of a block of the strip's rows against a share of the columns, by row and by column.
+
+    by_row: (maximum, sum) × share × row; by_column: (maximum, sum) × block × column, carried from strip to strip.
     """
-    kind = x_ptr.dtype.element_ty
+    kind = product_ptr.dtype.element_ty
     group, share = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     tau = tl.load(constants_ptr + 3).to(kind)
-    for first in range(group * BM, count, groups * BM):
-        row = first + tl.arange(0, BM).to(tl.int64)
-        top, total, own = tl.full((BM,), float("-inf"), kind), tl.zeros((BM,), kind), tl.zeros((BM,), kind)
-        for start in range(share * span, tl.minimum(share * span + span, count), BN):
-            column = start + tl.arange(0, BN).to(tl.int64)
-            product = _product(x_ptr, y_ptr, row, column, count, count, depth, BK, PRECISION)
-            cosine = _product(sem_x, sem_y, row, column, count, count, semantic, BK, PRECISION)
-            if KEEP:
-                at = row[:, None] * count + column[None, :]
-                inside = (row < count)[:, None] & (column < count)[None, :]
-                tl.store(kept_product + at, product, mask=inside)
-                tl.store(kept_cosine + at, cosine, mask=inside)
-            distance = _distance(product, square_x, square_y, row, column, count, count)
-            score, _decay, _q, _apart, _du, _far = _score(distance, cosine, norm_x, norm_y, constants_ptr, row, column, count, count)
-            own += tl.sum(tl.where(row[:, None] == column[None, :], score, 0.0), axis=1)
-            of_row = tl.where((column < count)[None, :], score, float("-inf"))
-            above = tl.maximum(top, tl.max(of_row, axis=1))
-            total = total * tl.exp2((top - above) / tau * LOG2E) + tl.sum(tl.exp2((of_row - above[:, None]) / tau * LOG2E), axis=1)
-            top = above
-            of_column = tl.where((row < count)[:, None], score, float("-inf"))
-            at = by_column + group * count + column
-            later = (column < count) & (first > group * BM)
-            before = tl.load(at, mask=later, other=float("-inf"))
-            above = tl.maximum(before, tl.max(of_column, axis=0))
-            rest = tl.load(at + groups * count, mask=later, other=0.0) * tl.exp2((before - above) / tau * LOG2E)
-            rest += tl.sum(tl.exp2((of_column - above[None, :]) / tau * LOG2E), axis=0)
-            tl.store(at, above, mask=column < count)
-            tl.store(at + groups * count, rest, mask=column < count)
-        at = by_row + share * count + row
-        tl.store(at, top, mask=row < count)
-        tl.store(at + shares * count, total, mask=row < count)
-        tl.store(at + 2 * shares * count, own, mask=row < count)
-        tl.debug_barrier()  # the next block of rows reads what other threads of this program wrote
+    local = group * BM + tl.arange(0, BM)
+    row = begin + local
+    top, total, own = tl.full((BM,), float("-inf"), kind), tl.zeros((BM,), kind), tl.zeros((BM,), kind)
+    for start in range(share * span, tl.minimum(share * span + span, count), BN):
+        column = start + tl.arange(0, BN).to(tl.int64)
+        inside, at = (row < end)[:, None] & (column < count)[None, :], local[:, None] * count + column[None, :]
+        product, cosine = tl.load(product_ptr + at, mask=inside, other=0.0), tl.load(cosine_ptr + at, mask=inside, other=0.0)
+        score, _decay, _q, _apart, _d2, _du, _far = _score(product, cosine, square_ptr, norm_ptr, constants_ptr, row, column, count, count)
+        own += tl.sum(tl.where(row[:, None] == column[None, :], score, 0.0), axis=1)
+        of_row = tl.where((column < count)[None, :], score, float("-inf"))
+        above = tl.maximum(top, tl.max(of_row, axis=1))
+        total = total * tl.exp2((top - above) / tau * LOG2E) + tl.sum(tl.exp2((of_row - above[:, None]) / tau * LOG2E), axis=1)
+        top = above
+        of_column = tl.where((row < end)[:, None], score, float("-inf"))
+        at = by_column + group * count + column
+        later = (column < count) & (begin > 0)
+        before = tl.load(at, mask=later, other=float("-inf"))
+        above = tl.maximum(before, tl.max(of_column, axis=0))
+        rest = tl.load(at + groups * count, mask=later, other=0.0) * tl.exp2((before - above) / tau * LOG2E)
+        rest += tl.sum(tl.exp2((of_column - above[None, :]) / tau * LOG2E), axis=0)
+        tl.store(at, above, mask=column < count)
+        tl.store(at + groups * count, rest, mask=column < count)
+    at = by_row + share * count + row
+    tl.store(at, top, mask=row < end)
+    tl.store(at + shares * count, total, mask=row < end)
+    tl.store(own_ptr + row, own, mask=(row < end) & (row >= share * span) & (row < share * span + span))
 
 
 @triton.jit
-def _weights(x_ptr, y_ptr, square_x, square_y, sem_x, sem_y, norm_x, norm_y, constants_ptr, given_ptr, factor_ptr, stats_ptr, kept_product, kept_cosine,
-             alpha_ptr, beta_ptr, sums_ptr, begin, rows, columns, depth, semantic, s_row, s_column,
-             LOSS: tl.constexpr, KEPT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-             PRECISION: tl.constexpr):  # fmt: skip
-    """α and β of the rows from `begin` on; per program its share of the sums for a, b, lam and τ."""
-    kind = x_ptr.dtype.element_ty
-    row = begin + tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+def _merged(part_ptr, parts, row, count, tau, BP: tl.constexpr):
+    """(maximum, sum of exponentials) of each row over its parts."""
+    top = tl.full((row.shape[0],), float("-inf"), part_ptr.dtype.element_ty)
+    total = tl.zeros((row.shape[0],), part_ptr.dtype.element_ty)
+    for start in range(0, parts, BP):
+        part = start + tl.arange(0, BP).to(tl.int64)
+        mask = (part < parts)[:, None] & (row < count)[None, :]
+        at = part_ptr + part[:, None] * count + row[None, :]
+        here = tl.load(at, mask=mask, other=float("-inf"))
+        here = tl.where((row < count)[None, :], here, 0.0)
+        above = tl.maximum(top, tl.max(here, axis=0))
+        rest = tl.load(at + parts * count, mask=mask, other=0.0) * tl.exp2((here - above[None, :]) / tau * LOG2E)
+        total = total * tl.exp2((top - above) / tau * LOG2E) + tl.sum(rest, axis=0)
+        top = above
+    return top, total
+
+
+@triton.jit
+def _merge(by_row, by_column, own_ptr, constants_ptr, stats_ptr, loss_ptr, shares, groups, count, BM: tl.constexpr, BP: tl.constexpr):
+    """Statistics of rows and columns, and each row's share of the loss."""
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    tau = tl.load(constants_ptr + 3).to(by_row.dtype.element_ty)
+    top_x, sum_x = _merged(by_row, shares, row, count, tau, BP)
+    top_y, sum_y = _merged(by_column, groups, row, count, tau, BP)
+    own = tl.load(own_ptr + row, mask=row < count, other=0.0)
+    real = row < count
+    loss = tl.log(tl.where(real, sum_x, 1.0)) + tl.log(tl.where(real, sum_y, 1.0)) + (top_x - own + (top_y - own)) / tau
+    at = stats_ptr + row
+    tl.store(at, top_x, mask=real)
+    tl.store(at + count, sum_x, mask=real)
+    tl.store(at + 2 * count, top_y, mask=real)
+    tl.store(at + 3 * count, sum_y, mask=real)
+    tl.store(loss_ptr + row, loss / (2 * count), mask=real)
+
+
+@triton.jit
+def _weights(product_ptr, cosine_ptr, alpha_ptr, beta_ptr, square_ptr, norm_ptr, constants_ptr, given_ptr, stats_ptr, sums_ptr,
+             begin, end, rows, columns, s_row, s_column, LOSS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    """α and β of the rows from `begin` to `end`; per program its share of the sums for a, b, lam and τ, carried from strip to strip."""
+    kind = product_ptr.dtype.element_ty
+    local = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    row = begin + local
     column = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)
-    inside = (row < rows)[:, None] & (column < columns)[None, :]
-    if KEPT:
-        at = row[:, None] * columns + column[None, :]
-        product = tl.load(kept_product + at, mask=inside, other=0.0)
-        cosine = tl.load(kept_cosine + at, mask=inside, other=0.0)
-    else:
-        product = _product(x_ptr, y_ptr, row, column, rows, columns, depth, BK, PRECISION)
-        cosine = _product(sem_x, sem_y, row, column, rows, columns, semantic, BK, PRECISION)
-    distance = _distance(product, square_x, square_y, row, column, rows, columns)
-    score, decay, q, apart, uncertain, far = _score(distance, cosine, norm_x, norm_y, constants_ptr, row, column, rows, columns)
+    inside, at = (row < end)[:, None] & (column < columns)[None, :], local[:, None] * columns + column[None, :]
+    product, cosine = tl.load(product_ptr + at, mask=inside, other=0.0), tl.load(cosine_ptr + at, mask=inside, other=0.0)
+    score, decay, q, apart, distance, uncertain, far = _score(
+        product, cosine, square_ptr, norm_ptr, constants_ptr, row, column, rows, columns
+    )
     if LOSS:
         tau = tl.load(constants_ptr + 3).to(kind)
         top_x = tl.load(stats_ptr + row, mask=row < rows, other=0.0)
@@ -159,189 +187,135 @@ def _weights(x_ptr, y_ptr, square_x, square_y, sem_x, sem_y, norm_x, norm_y, con
         sum_y = tl.load(stats_ptr + 3 * columns + column, mask=column < columns, other=1.0)
         g = tl.exp2((score - top_x[:, None]) / tau * LOG2E) / sum_x[:, None]
         g += tl.exp2((score - top_y[None, :]) / tau * LOG2E) / sum_y[None, :]
-        g = (g - tl.where(row[:, None] == column[None, :], 2.0, 0.0)) * (tl.load(factor_ptr) / tau)
+        g = (g - tl.where(row[:, None] == column[None, :], 2.0, 0.0)) * (tl.load(given_ptr).to(kind) / (2 * columns) / tau)
     else:
         g = tl.load(given_ptr + row[:, None] * s_row + column[None, :] * s_column, mask=inside, other=0.0).to(kind)
     g = tl.where(inside, g, 0.0)
     through = -g * score / apart
     slope = through * tl.load(constants_ptr + 2).to(kind)
-    at = (row - begin)[:, None] * columns + column[None, :]
+    # Each store needs both loads, so that α and β may lie where the products do.
     tl.store(alpha_ptr + at, slope * tl.load(constants_ptr).to(kind), mask=inside)
     tl.store(beta_ptr + at, g * decay + tl.where(far, through * q / apart, 0.0), mask=inside)
-    at = sums_ptr + 4 * (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1))
-    tl.store(at, tl.sum(tl.sum(slope * distance, axis=1), axis=0))
-    tl.store(at + 1, tl.sum(tl.sum(slope, axis=1), axis=0))
-    tl.store(at + 2, tl.sum(tl.sum(through * uncertain, axis=1), axis=0))
-    tl.store(at + 3, tl.sum(tl.sum(g * score, axis=1), axis=0))
+    at, later = sums_ptr + (3 + LOSS) * (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)), begin > 0
+    tl.store(at, tl.load(at, mask=later, other=0.0) + tl.sum(tl.sum(slope * distance, axis=1), axis=0))
+    tl.store(at + 1, tl.load(at + 1, mask=later, other=0.0) + tl.sum(tl.sum(slope, axis=1), axis=0))
+    tl.store(at + 2, tl.load(at + 2, mask=later, other=0.0) + tl.sum(tl.sum(through * uncertain, axis=1), axis=0))
+    if LOSS:
+        tl.store(at + 3, tl.load(at + 3, mask=later, other=0.0) - tl.sum(tl.sum(g * score, axis=1), axis=0) / tau)
 
 
-@triton.jit
-def _gather(weight_ptr, x_ptr, out_ptr, total_ptr, rows, inner, depth, s_row, s_inner,
-            ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """out = weight · x, and total = Σ of each row of weights; added to what is there if ADD."""
-    kind = out_ptr.dtype.element_ty
-    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    feature = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)
-    acc, total = tl.zeros((BM, BN), kind), tl.zeros((BM,), kind)
-    for start in range(0, inner, BK):
-        k = start + tl.arange(0, BK).to(tl.int64)
-        mask = (row < rows)[:, None] & (k < inner)[None, :]
-        weight = tl.load(weight_ptr + row[:, None] * s_row + k[None, :] * s_inner, mask=mask, other=0.0).to(kind)
-        x = tl.load(x_ptr + k[:, None] * depth + feature[None, :], mask=(k < inner)[:, None] & (feature < depth)[None, :], other=0.0)
-        acc = dot(weight, x, acc, PRECISION)
-        total += tl.sum(weight, axis=1)
-    at = out_ptr + row[:, None] * depth + feature[None, :]
-    mask = (row < rows)[:, None] & (feature < depth)[None, :]
-    first = tl.program_id(1) == 0
-    if ADD:
-        acc += tl.load(at, mask=mask, other=0.0)
-        total += tl.load(total_ptr + row, mask=first & (row < rows), other=0.0)
-    tl.store(at, acc, mask=mask)
-    tl.store(total_ptr + row, total, mask=first & (row < rows))
+def _tiles(name: str, dtype: torch.dtype) -> dict[str, int]:
+    """Eight pairs a thread (float64: four): a dozen terms of a pair are live at once, and more of them would spill."""
+    default = {"BM": 32, "BN": 32 if dtype == torch.float64 else 64, "num_warps": 8}
+    return config(f"{name}.tiles", default, [{"BM": m, "BN": n, "num_warps": w} for m, n, w in ((32, 32, 4), (64, 64, 8), (32, 128, 8))])
 
 
-class _Side(NamedTuple):
-    """One side's centred rows [μ, σ] and their squares, its unit semantic rows and their norms."""
+def _strip(rows: int, columns: int, size: int) -> int:
+    """Rows of a strip, whose two products take about 16 MiB together: they stay in a GPU's L2 cache, and little of N×N is stored.
 
-    rows: Tensor
-    square: Tensor
-    semantic: Tensor
-    norm: Tensor
-
-
-def _blocks(name: str, dtype: torch.dtype, warps: int = 4) -> dict[str, int]:
-    """64×64 tiles, 16 features a step; float64 halves the sides. Eight warps where a tile of scores has several terms at once."""
-    side = 32 if dtype == torch.float64 else 64
-    default = {"BM": side, "BN": side, "BK": 16, "num_warps": warps, "num_stages": 2}
-    return config(
-        name, default, [{**default, "BM": m, "BN": n, "num_warps": w} for m, n in ((64, 128), (128, 64), (128, 128)) for w in (4, 8)]
-    )
+    A multiple of 128, so that blocks of rows do not cross strips, unless it is all rows.
+    """
+    return max(1, min(rows, max(128, STRIP_BYTES // (2 * size * max(1, columns)) // 128 * 128)))
 
 
-def _sides(first, second) -> tuple[_Side, _Side]:
-    """Both sides, given as (sem or None, mu, sigma), less their common mean: an offset of the batch costs no accuracy."""
-    kind, width = accumulator(first[1].dtype), first[1].shape[1]
-    count = max(1, len(first[1]) + len(second[1]))
-    centre = [(a.sum(0, dtype=kind) + b.sum(0, dtype=kind)) / count for a, b in zip(first[1:], second[1:], strict=True)]
-    sides = []
-    for sem, *gaussian in (first, second):
-        rows = centre[0].new_empty(len(gaussian[0]), 2 * width)
-        for i in range(2):
-            torch.sub(gaussian[i], centre[i], out=rows[:, i * width : (i + 1) * width])
-        square = rows.new_empty(len(rows))
-        meta = {key: value for key, value in _blocks("wasserstein.squares", kind).items() if key != "BN"}
-        grid = (triton.cdiv(len(rows), meta["BM"]),)
-        launch("wasserstein.triton.squares", _squares, grid, rows, square, *rows.shape, PRECISION=precision(kind), **meta)
-        sides.append(_Side(rows, square, *(unit_rows(sem) if sem is not None else (rows, square))))
-    return sides[0], sides[1]
-
-
-def _interleaved(x: _Side, y: _Side) -> tuple[Tensor, ...]:
-    """x and y rows, squares, semantic rows, norms: as the kernels take them."""
-    return tuple(t for pair in zip(x, y, strict=True) for t in pair)
-
-
-def _matrix(path: str, x: _Side, y: _Side, constants: Tensor | None, dtype: torch.dtype, keep: bool = False) -> tuple[Tensor, Tensor]:
-    """The result, and both products of all pairs if they are kept."""
-    kind, out = x.rows.dtype, x.rows.new_empty(len(x.rows), len(y.rows), dtype=dtype)
-    kept = x.rows.new_empty((2, *out.shape) if keep else (0,))
-    meta = _blocks(path, kind, 4 if constants is None else 8)
-    launch(path, _pairs, (triton.cdiv(len(x.rows), meta["BM"]), triton.cdiv(len(y.rows), meta["BN"])), *_interleaved(x, y),
-           out if constants is None else constants, out, *(kept if keep else (kept, kept)), *out.shape, x.rows.shape[1], x.semantic.shape[1],
-           SEMANTIC=constants is not None, KEEP=keep, PRECISION=precision(kind), **meta)  # fmt: skip
-    return out, kept
+def _slices(rows: int, strip: int) -> list[slice]:
+    """The strips; a single empty one of no rows, whose products are the zeros that the other side's gradients then are."""
+    return [slice(begin, min(begin + strip, rows)) for begin in range(0, max(1, rows), strip)]
 
 
 def wasserstein_fwd(mu_x: Tensor, sigma_x: Tensor, mu_y: Tensor, sigma_y: Tensor) -> Tensor:
-    x, y = _sides((None, mu_x, sigma_x), (None, mu_y, sigma_y))
-    return _matrix("wasserstein.triton", x, y, None, x.rows.dtype)[0]
+    path = "wasserstein.triton"
+    sides = both_sides(path, None, mu_x, sigma_x, None, mu_y, sigma_y)
+    kind, (rows, columns) = sides.rows.dtype, sides.shape
+    out = sides.rows.new_empty(rows, columns)
+    sides.products(slice(0, rows), out)
+    # What the rounding of any library's product stays below: float64, single TF32 products, float32.
+    near = 1e-10 if kind == torch.float64 else 4e-3 if precision(kind) == "tf32" else 1e-4
+    meta = _tiles(path, kind)
+    launch(path, _distances, (triton.cdiv(rows, meta["BM"]), triton.cdiv(columns, meta["BN"])), out, sides.rows, sides.square,
+           rows, columns, sides.rows.shape[1], NEAR=near, BK=32, **meta)  # fmt: skip
+    return out
 
 
 def uncertainty_fwd(sem_x, mu_x, sigma_x, sem_y, mu_y, sigma_y, constants: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-    return _matrix("uncertainty.triton", *_sides((sem_x, mu_x, sigma_x), (sem_y, mu_y, sigma_y)), constants, mu_x.dtype, keep)
+    path = "uncertainty.triton"
+    sides = both_sides(path, sem_x, mu_x, sigma_x, sem_y, mu_y, sigma_y)
+    kind, (rows, columns) = sides.rows.dtype, sides.shape
+    strip = rows if keep else _strip(rows, columns, kind.itemsize)
+    out, pairs = mu_x.new_empty(rows, columns), sides.rows.new_empty(2, strip, columns)
+    meta = _tiles(path, kind)
+    for own in _slices(rows, max(1, strip)):
+        product, cosine = pairs[:, : own.stop - own.start]
+        sides.products(own, product, cosine)
+        launch(path, _similarity, (triton.cdiv(len(product), meta["BM"]), triton.cdiv(columns, meta["BN"])), product, cosine, out, sides.square,
+               sides.norm, constants, own.start, own.stop, rows, columns, **meta)  # fmt: skip
+    return out, pairs if keep else pairs.new_empty(0)
 
 
 def uncertainty_infonce_fwd(sem_x, mu_x, sigma_x, sem_y, mu_y, sigma_y, constants: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    x, y = _sides((sem_x, mu_x, sigma_x), (sem_y, mu_y, sigma_y))
-    count, tau = len(mu_x), constants[3].to(x.rows.dtype)
-    meta = _blocks("uncertainty_info_nce", x.rows.dtype, 8)
-    # Up to 64 groups of rows × enough shares of the columns for two programs on each multiprocessor of an H100.
-    groups = max(1, min(64, triton.cdiv(count, meta["BM"])))
-    span = meta["BN"] * max(1, triton.cdiv(triton.cdiv(count, meta["BN"]), max(1, 264 // groups)))
-    shares = max(1, triton.cdiv(count, span))
-    by_row, by_column = x.rows.new_empty(3, shares, count), x.rows.new_empty(2, groups, count)
-    kept = x.rows.new_empty((2, count, count) if keep else (0,))
-    launch("uncertainty_info_nce.triton", _loss, (groups if count else 0, shares), *_interleaved(x, y), constants, by_row, by_column, *(kept if keep else (kept, kept)),
-           count, x.rows.shape[1], x.semantic.shape[1], groups, shares, span, KEEP=keep, PRECISION=precision(tau.dtype), **meta)  # fmt: skip
-    stats = x.rows.new_empty(4, count)
-    for i, (top, total) in enumerate((by_row[:2], by_column)):
-        torch.amax(top, 0, out=stats[2 * i])
-        torch.sum(total * ((top - stats[2 * i]) / tau).exp(), 0, out=stats[2 * i + 1])
-    losses = stats[1::2].log().sum(0) + (stats[0] + stats[2] - 2 * by_row[2].sum(0)) / tau
-    return losses.sum() / (2 * max(1, count)), stats, kept
-
-
-def _gathered(path: str, weight: Tensor, x: Tensor, out: Tensor, total: Tensor, add: bool) -> None:
-    meta = _blocks(path, out.dtype)
-    launch(path, _gather, (triton.cdiv(len(out), meta["BM"]), triton.cdiv(out.shape[1], meta["BN"])), weight, x, out, total,
-           len(out), len(x), out.shape[1], *weight.stride(), ADD=add, PRECISION=precision(out.dtype), **meta)  # fmt: skip
-
-
-def _gaussian_gradients(side: _Side, gathered: Tensor, total: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """(dμ, dσ) = 2 (x Σα − Σ α y)"""
-    both = gathered.neg_().addcmul_(side.rows, total[:, None]).mul_(2)
-    return [half.to(dtype, copy=True, memory_format=torch.contiguous_format) for half in both.chunk(2, dim=1)]
+    path, count = "uncertainty_info_nce.triton", len(mu_x)
+    sides = both_sides(path, sem_x, mu_x, sigma_x, sem_y, mu_y, sigma_y)
+    new, kind = sides.rows.new_empty, sides.rows.dtype
+    strip = count if keep else _strip(count, count, kind.itemsize)
+    meta, pairs = _tiles(path, kind), new(2, strip, count)
+    # A strip's blocks of rows × enough shares of the columns for two programs on each multiprocessor of an H100.
+    groups = triton.cdiv(strip, meta["BM"])
+    span = meta["BN"] * max(1, triton.cdiv(triton.cdiv(count, meta["BN"]), max(1, 264 // max(1, groups))))
+    shares = triton.cdiv(count, span)
+    by_row, by_column, own_score = new(2, shares, count), new(2, groups, count), new(2, count)
+    for own in _slices(count, max(1, strip)):
+        product, cosine = pairs[:, : own.stop - own.start]
+        sides.products(own, product, cosine)
+        launch(path, _loss, (triton.cdiv(len(product), meta["BM"]), shares), product, cosine, sides.square, sides.norm, constants, by_row, by_column,
+               own_score, own.start, own.stop, count, groups, shares, span, **meta)  # fmt: skip
+    stats, losses = new(4, count), own_score[1]
+    launch(f"{path}.merge", _merge, (triton.cdiv(count, 32),), by_row, by_column, own_score, constants, stats, losses, shares, groups, count,
+           BM=32, BP=16, num_warps=4)  # fmt: skip
+    return losses.sum(), stats, pairs if keep else new(0)
 
 
 def wasserstein_bwd(mu_x, sigma_x, mu_y, sigma_y, grad: Tensor) -> tuple[Tensor, ...]:
-    sides = _sides((None, mu_x, sigma_x), (None, mu_y, sigma_y))
-    results = []
-    for own, other, weight in ((*sides, grad), (*sides[::-1], grad.T)):
-        gathered, total = torch.empty_like(own.rows), torch.empty_like(own.square)
-        _gathered("wasserstein.triton.backward", weight, other.rows, gathered, total, False)
-        results += _gaussian_gradients(own, gathered, total, mu_x.dtype)
-    return tuple(results)
+    path = "wasserstein.triton"
+    sides = both_sides(path, None, mu_x, sigma_x, None, mu_y, sigma_y)
+    rows, first, grad = sides.rows, sides.first, grad.to(sides.rows.dtype)
+    gathered, total = torch.empty_like(rows), torch.empty_like(sides.square)
+    for weight, own, other in ((grad, slice(0, first), slice(first, None)), (grad.T, slice(first, None), slice(0, first))):
+        torch.mm(weight, rows[other], out=gathered[own])
+        torch.sum(weight, 1, out=total[own])
+    return gradients(f"{path}.backward", sides, gathered, total, None, (mu_x, sigma_x, mu_y, sigma_y))
 
 
-def _gradients(path: str, tensors, constants: Tensor, given: Tensor | None, stats: Tensor | None, kept: Tensor | None, factor: Tensor):
-    """The gradients of the six tensors, and the sums for a, b, lam and τ in float64."""
-    x, y = _sides(tensors[:3], tensors[3:6])
-    (rows, depth), columns, semantic = x.rows.shape, len(y.rows), x.semantic.shape[1]
-    # A strip's weights take no more than a few copies of the inputs, and no less than what fills a GPU.
-    strip = rows if kept is not None else max(256, min(1024, (depth + semantic) // 64 * 64))
-    meta = _blocks(path, x.rows.dtype, 8)
-    alpha, beta = (x.rows.new_empty(min(strip, rows), columns) for _ in range(2))
-    out = [[torch.zeros_like(t) for t in (side.rows, side.square, side.semantic, side.norm)] for side in (x, y)]
-    sums = constants.new_zeros(4)
-    for begin in range(0, rows, strip or 1):
-        own = slice(begin, min(begin + strip, rows))
-        size = own.stop - begin
-        grid = (triton.cdiv(size, meta["BM"]), triton.cdiv(columns, meta["BN"]))
-        part = x.rows.new_empty(*grid, 4)
-        launch(path, _weights, grid, *_interleaved(x, y), constants, x.rows if given is None else given, factor,
-               factor if stats is None else stats, *((factor, factor) if kept is None else kept), alpha, beta, part, begin, own.stop, columns, depth,
-               semantic, *((0, 0) if given is None else given.stride()), LOSS=given is None, KEPT=kept is not None,
-               PRECISION=precision(x.rows.dtype), **meta)  # fmt: skip
-        sums += part.sum((0, 1), dtype=torch.float64)
-        for i, weight in ((0, alpha[:size]), (2, beta[:size])):
-            _gathered(f"{path}.gather", weight, y[i], out[0][i][own], out[0][i + 1][own], False)
-            _gathered(f"{path}.gather", weight.T, x[i][own], out[1][i], out[1][i + 1], True)
-    grads = []
-    for side, (gathered, total, mixed, _) in zip((x, y), out, strict=True):
-        dsem = unit_rows_backward(side.semantic, side.norm, mixed, tensors[0].dtype)
-        grads += [dsem, *_gaussian_gradients(side, gathered, total, tensors[0].dtype)]
-    return grads, sums
+def _backward(path: str, tensors, constants: Tensor, given: Tensor, stats: Tensor | None, kept: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of the six tensors, and the sums for a, b, lam (and τ, with `stats`) in float64."""
+    sides = both_sides(path, *tensors)
+    kind, first, (rows, columns) = sides.rows.dtype, sides.first, sides.shape
+    strip = rows if kept.numel() else _strip(rows, columns, kind.itemsize)
+    meta, weights = _tiles(f"{path}.backward", kind), sides.rows.new_empty(2, strip, columns)
+    gathered, total, mixed = torch.empty_like(sides.rows), torch.empty_like(sides.square), torch.empty_like(sides.unit)
+    part = sides.rows.new_empty(triton.cdiv(min(rows, strip), meta["BM"]), triton.cdiv(columns, meta["BN"]), 3 if stats is None else 4)
+    for own in _slices(rows, max(1, strip)):
+        alpha, beta = weights[:, : own.stop - own.start]
+        product, cosine = kept if kept.numel() else (alpha, beta)
+        if not kept.numel():
+            sides.products(own, product, cosine)
+        launch(f"{path}.backward", _weights, (triton.cdiv(len(alpha), meta["BM"]), part.shape[1]), product, cosine, alpha, beta, sides.square, sides.norm, constants, given,
+               constants if stats is None else stats, part, own.start, own.stop, rows, columns, *(given.stride() if stats is None else (0, 0)),
+               LOSS=stats is not None, **meta)  # fmt: skip
+        again = int(own.start > 0)  # the first strip overwrites the other side's sums, the next ones add to them
+        for weight, x, out in ((alpha, sides.rows, gathered), (beta, sides.unit, mixed)):
+            torch.mm(weight, x[first:], out=out[own])
+            out[first:].addmm_(weight.T, x[own], beta=again)
+        torch.sum(alpha, 1, out=total[own])
+        if again:
+            total[first:].add_(alpha.sum(0))
+        else:
+            torch.sum(alpha, 0, out=total[first:])
+    return *gradients(f"{path}.backward.gradients", sides, gathered, total, mixed, tensors), part.sum((0, 1), dtype=torch.float64)
 
 
 def uncertainty_bwd(sem_x, mu_x, sigma_x, sem_y, mu_y, sigma_y, constants: Tensor, kept: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
-    tensors = (sem_x, mu_x, sigma_x, sem_y, mu_y, sigma_y)
-    grads, sums = _gradients("uncertainty.triton.backward", tensors, constants, grad, None, kept if kept.numel() else None, constants)
-    return *grads, sums[:3].clone()
+    return _backward("uncertainty.triton", (sem_x, mu_x, sigma_x, sem_y, mu_y, sigma_y), constants, grad, None, kept)
 
 
 def uncertainty_infonce_bwd(sem_x, mu_x, sigma_x, sem_y, mu_y, sigma_y, constants, stats, kept, grad) -> tuple[Tensor, ...]:
-    tensors = (sem_x, mu_x, sigma_x, sem_y, mu_y, sigma_y)
-    path = "uncertainty_info_nce.triton.backward"
-    factor = grad.to(stats.dtype) / (2 * max(1, len(mu_x)))
-    grads, sums = _gradients(path, tensors, constants, None, stats, kept if kept.numel() else None, factor)
-    return *grads, torch.cat((sums[:3], -sums[3:] / constants[3]))
+    return _backward("uncertainty_info_nce.triton", (sem_x, mu_x, sigma_x, sem_y, mu_y, sigma_y), constants, grad, stats, kept)
