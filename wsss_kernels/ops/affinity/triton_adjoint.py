@@ -294,7 +294,7 @@ def square(grad: Tensor, affinity: Tensor, feature: Tensor, cosine: bool, scale:
     path, out, n = "affinity.triton.backward", feature.new_empty(feature.shape), feature.shape[-1]
     kept, layer = feature.dtype.itemsize > 2, feature[:, None]
     inverse = inverse_norms(layer) if cosine else None
-    x = unit_features(layer, inverse) if cosine else _wide(layer)
+    x = _wide(layer) if inverse is None else unit_features(layer, inverse)
     to_x = out[:, None] if kept else x.new_empty(x.shape)
     for strip in strips(len(x), n, 1, x.dtype):
         weights = x.new_empty(strip.images, strip.rows, n) if kept else strip.products(x)

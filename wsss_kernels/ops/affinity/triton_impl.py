@@ -293,7 +293,7 @@ def square(path: str, feature: Tensor, cosine: bool, scale: float, minimum: floa
     layer, kind, option = feature[:, None], kind_of(feature.dtype), options(feature, False, False, minimum, scale)
     inverse = inverse_norms(layer) if cosine else None
     if feature.dtype.itemsize > 2:
-        x = unit_features(layer, inverse)[:, 0] if cosine else feature
+        x = feature if inverse is None else unit_features(layer, inverse)[:, 0]
         torch.bmm(x.mT, x, out=out)  # with `out=`, autocast does not round the factors
         blocks = triton.cdiv(n, 32)
         launch(path, _mirror_kernel, (batch * blocks**2,), out, n, blocks, COSINE=cosine, OPTIONS=option, BM=32, num_warps=4)
