@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton import LOG2E, accumulator, launch, power_of_2
+from ..._triton import accumulator, launch, power_of_2
 from ..sinkhorn.triton_impl import kind_of, stored, stored_tile
 from .api import empty_gradients
-from .triton_impl import candidate_tile, candidates, inverse_norms, options, unit_features
+from .triton_impl import candidate_tile, candidates, inverse_norms, options, sigmoid, unit_features
 
 STRIP_BYTES = 2**24
 """What the layers' Gram matrices of a strip may take (A_f comes on top): strip and features stay in the second-level cache."""
@@ -66,11 +66,6 @@ def _strip(blocks, rows, columns, BM: tl.constexpr):
 
 
 @triton.jit
-def _sigmoid(product, OPTIONS: tl.constexpr):
-    return 1.0 / (1.0 + tl.exp2(product * (-OPTIONS[3] * LOG2E)))
-
-
-@triton.jit
 def _both(gradient, image, row, column, n, GTILE: tl.constexpr, kind: tl.constexpr, OPTIONS: tl.constexpr):
     """A tile of the gradient of a matrix and of its transpose."""
     direct = GTILE(gradient, image, row, column, n, False, kind, OPTIONS)
@@ -90,7 +85,7 @@ def _square_weights_kernel(weights_ptr, affinity, gradient, start, begin, rows, 
     else:
         a = tl.load(place, mask=inside, other=0.0)
         if not COSINE:
-            a = _sigmoid(a, OPTIONS)
+            a = sigmoid(a, OPTIONS)
     direct, turned = _both(gradient, image, row, column, n, stored_tile, kind, OPTIONS)
     w = direct + turned
     if not COSINE:
@@ -114,7 +109,7 @@ def _weights_kernel(encoder_ptr, decoder_ptr, maps, gradient, slope_ptr, gate, f
     direct, turned = _both(gradient, image, row, column, n, GTILE, kind, OPTIONS)
     if decoder_ptr is not None:
         place = decoder_ptr + (local * rows + at)[:, None] * n + column[None, :]
-        f = _sigmoid(tl.load(place, mask=inside, other=0.0), OPTIONS)
+        f = sigmoid(tl.load(place, mask=inside, other=0.0), OPTIONS)
         total, other, signs = tl.zeros((BM, BM), kind), tl.zeros((BM, BM), kind), tl.zeros((BM, BM), kind)
     share = 1.0 / _selected(gate, image, first, layers).to(kind)
     for layer in range(first, layers):
@@ -207,7 +202,7 @@ def _maps_kernel(out_ptr, decoder_out_ptr, products_ptr, decoder, encoder, gradi
     if decoder is not None:
         f = stored_tile(decoder, image, row, column, n, False, kind, OPTIONS)
     if products_ptr is not None:
-        f = _sigmoid(tl.load(products_ptr + (local * rows + at)[:, None] * n + column[None, :], mask=inside, other=0.0), OPTIONS)
+        f = sigmoid(tl.load(products_ptr + (local * rows + at)[:, None] * n + column[None, :], mask=inside, other=0.0), OPTIONS)
         g *= f
     for layer in range(0, layers):
         w = tl.zeros((BM, BM), kind)

@@ -68,6 +68,12 @@ def candidate_tile(source, image, layer, row, column, n, TURNED: tl.constexpr, k
 
 
 @triton.jit
+def sigmoid(product, OPTIONS: tl.constexpr):
+    """σ(scale · product)."""
+    return 1.0 / (1.0 + tl.exp2(product * (-OPTIONS[3] * LOG2E)))
+
+
+@triton.jit
 def decoder_tile(source, image, row, column, n, kind: tl.constexpr, OPTIONS: tl.constexpr):
     """A_f = σ(scale · FᵀF): made from features, or from memory."""
     if OPTIONS[1]:
@@ -76,7 +82,7 @@ def decoder_tile(source, image, row, column, n, kind: tl.constexpr, OPTIONS: tl.
         feature, per_image, per_channel, per_token, channels = source
         PRECISION: tl.constexpr = OPTIONS[4]
         g = gram(feature + image * per_image, per_channel, per_token, channels, row, column, n, kind, PRECISION, OPTIONS[5])
-        a = 1.0 / (1.0 + tl.exp2(g * (-OPTIONS[3] * LOG2E)))
+        a = sigmoid(g, OPTIONS)
     return a
 
 
@@ -154,7 +160,7 @@ def _mirror_kernel(out_ptr, n, blocks, COSINE: tl.constexpr, OPTIONS: tl.constex
         inside = (row[:, None] <= column[None, :]) & (column < n)[None, :]
         a = tl.load(out_ptr + (image * n + row)[:, None] * n + column[None, :], mask=inside, other=0.0)
         if not COSINE:
-            a = 1.0 / (1.0 + tl.exp2(a * (-OPTIONS[3] * LOG2E)))
+            a = sigmoid(a, OPTIONS)
         if OPTIONS[2] is not None:
             a = tl.where(a <= OPTIONS[2], OPTIONS[2], a)
         _store_symmetric(out_ptr, a, image, row, column, n)

@@ -42,7 +42,7 @@ def _products(a, b, a_position, b_position, length, channels, a_stride, b_stride
 
 
 @triton.jit
-def _logits(q, k, q_position, k_position, length, keys, strides, kind: tl.constexpr, COLUMN: tl.constexpr, BC: tl.constexpr):
+def _logits(q, k, q_position, k_position, length, keys, strides, kind: tl.constexpr, COLUMN: tl.constexpr):
     """Logits of queries × keys of a line, −∞ where there is no key. Exact to the last digit, which nothing scales before the softmax."""
     acc = _products(q, k, q_position, k_position, length, keys, strides[0][1], strides[1][1], kind, 16, "ieee")
     seen = (q_position < length)[:, None] & (k_position < length)[None, :]
@@ -60,8 +60,7 @@ def _line(lines, blocks, BM: tl.constexpr):
 
 @triton.jit
 def _statistics(query, key, before, after, lines, length, blocks, keys, strides, pixels, s_line, s_position,
-                kind: tl.constexpr, COLUMN: tl.constexpr, MERGE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
-                PRECISION: tl.constexpr):  # fmt: skip
+                kind: tl.constexpr, COLUMN: tl.constexpr, MERGE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     """Largest logit and sum of exponentials of a column; of a row, merged with its pixels' columns, with the inverse of the sum."""
     image, line, position = _line(lines, blocks, BM)
     q = _start(query, image, line, position, strides[0])
@@ -69,7 +68,7 @@ def _statistics(query, key, before, after, lines, length, blocks, keys, strides,
     for start in range(0, length, BN):
         other = start + tl.arange(0, BN)
         k = _start(key, image, line, other, strides[1])
-        logits = _logits(q, k, position, other, length, keys, strides, kind, COLUMN, BC)
+        logits = _logits(q, k, position, other, length, keys, strides, kind, COLUMN)
         above = tl.maximum(top, tl.max(logits, axis=1))
         anchor = tl.where(above == float("-inf"), 0.0, above)
         total = total * tl.exp2((top - anchor) * LOG2E) + tl.sum(tl.exp2((logits - anchor[:, None]) * LOG2E), axis=1)
@@ -90,7 +89,7 @@ def _statistics(query, key, before, after, lines, length, blocks, keys, strides,
 def _weights(q, k, v, g, stats, inner, q_position, k_position, length, keys, values, strides, pixels, s_position, kind: tl.constexpr,
              GRADIENT: tl.constexpr, COLUMN: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """A tile of weights, or with GRADIENT of the logits' gradients, queries × keys. stats and inner point to the line."""
-    logits = _logits(q, k, q_position, k_position, length, keys, strides, kind, COLUMN, BC)
+    logits = _logits(q, k, q_position, k_position, length, keys, strides, kind, COLUMN)
     at, inside = q_position * s_position, q_position < length
     top, inverse = tl.load(stats + at, mask=inside, other=0.0), tl.load(stats + pixels + at, mask=inside, other=0.0)
     weight = tl.exp2((logits - top[:, None]) * LOG2E) * inverse[:, None]
@@ -206,7 +205,8 @@ class _Maps:
             strides = _strides(column, self.query, self.key)
             launch("criss_cross.triton.statistics", _statistics, (self.batch * lines * blocks,), self.query, self.key,
                    new if last is None else last, new, lines, length, blocks, self.keys, strides, self.pixels, *plane,
-                   COLUMN=column, MERGE=last is not None, **meta, **self.exact)  # fmt: skip
+                   COLUMN=column, MERGE=last is not None, kind=self.exact["kind"],
+                   **{key: meta[key] for key in ("BM", "BN", "num_warps")})  # fmt: skip
             last = new
         assert last is not None  # there are two lines
         return last

@@ -9,7 +9,7 @@ mask (`resize="image"`). The weights of `"par"` sum to 1 + w3, not to 1, in all 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -52,14 +52,18 @@ def pamr_weights(image: Tensor, dilations: Sequence[int]) -> Tensor:
     return (-(values - centre).abs() / (1e-8 + 0.1 * deviation)).mean(dim=1, keepdim=True).softmax(dim=2)
 
 
-def resized(x: Tensor, size: Sequence[int]) -> Tensor:
+def _bilinear(x: Tensor, size: list[int]) -> Tensor:
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=True)
+
+
+def resized(x: Tensor, size: Sequence[int], bilinear: Callable[[Tensor, list[int]], Tensor] = _bilinear) -> Tensor:
     """Bilinear, `align_corners=True`; the same tensor where the size already is right."""
     if x.shape[-2:] == torch.Size(size):
         return x
     if x.numel() == 0:
         return x.new_zeros(*x.shape[:2], *size)
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    return F.interpolate(wide, size=tuple(size), mode="bilinear", align_corners=True).to(x.dtype)
+    return bilinear(wide, list(size)).to(x.dtype)
 
 
 def par(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..._dispatch import apply
 from ..._once import once_differentiable
+from . import reference
 
 
 def _weights(given: int, wanted: int, device: torch.device) -> Tensor:
@@ -32,10 +33,4 @@ class _Bilinear(torch.autograd.Function):
 
 
 def resized(x: Tensor, size: Sequence[int]) -> Tensor:
-    """As `reference.resized`."""
-    if x.shape[-2:] == torch.Size(size):
-        return x
-    if x.numel() == 0:
-        return x.new_zeros(*x.shape[:2], *size)
-    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    return apply(_Bilinear, wide, list(size)).to(x.dtype)
+    return reference.resized(x, size, lambda x, size: apply(_Bilinear, x, size))
