@@ -113,9 +113,10 @@ __global__ void __launch_bounds__(kThreads) columns_kernel(Matrices<T> m, int64_
   column_products(m, b, blockIdx.x % tiles, 0, m.n, pass,
                   [&](int64_t k, int64_t j, double sum) { pass.finish(b, k, j, sum); });
 }
-// A slice of the rows: blockIdx.y of gridDim.y. partial: [batch][slices][vectors][n].
+// A slice of the rows: blockIdx.y of gridDim.y. partial: [batch][slices][vectors][n]. Three blocks a
+// multiprocessor, since for four (the compiler's own choice) the walk's adjoint spills.
 template <class T, class P>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
     column_slices_kernel(Matrices<T> m, int64_t tiles, int64_t rows, double* partial, P pass) {
   const int64_t b = blockIdx.x / tiles, begin = blockIdx.y * rows;
   double* to = partial + (b * gridDim.y + blockIdx.y) * pass.count() * m.n;
