@@ -7,11 +7,12 @@ namespace affinity_loss {
 
 enum class Kind { kBalanced, kBce };
 
-// One image: features in rows of cells and in the padded layout of pairs.h. `label` numbers the classes and is -1 where
+// One image: features in rows of cells. `label` numbers the classes and is -1 where
 // a cell is void. `y` and `x` are the coordinates of the cells, `radius` is negative where there is no limit.
 template <class T>
 struct Cells {
-  const T *rows, *label, *y, *x;
+  PairRows<const T> rows;
+  const T *label, *y, *x;
   int64_t count, depth;
   T radius;
 };

@@ -109,26 +109,28 @@ struct Image {
         depth(call.depth()),
         width(call.width()),
         radius(call.radius),
-        rows(pair_padded(count) * pair_stride(depth)),
+        memory(pair_size(pair_padded(count), depth)),
         id(pair_padded(count)),
         y(id.size()),
-        x(id.size()) {
+        x(id.size()),
+        rows{memory.data(), pair_padded(count)} {
     const T* feature = in<T>(call.feature) + b * depth * count;
     parallel_for(0, pair_padded(count) / kPairStrip, 1, [&](int64_t s, int64_t e) {
-      cell_rows(T{})(feature, count, depth, s * kPairStrip, e * kPairStrip, rows.data());
+      cell_rows(T{})(feature, count, depth, s * kPairStrip, e * kPairStrip, rows);
     });
     for (int64_t i = 0; i < id.size(); ++i) {
       id[i] = i < count ? T(call.id[size_t(b * count + i)]) : T(-1);
       y[i] = T(i / width), x[i] = T(i % width);
     }
   }
-  Cells<T> cells() const { return {rows.data(), id.data(), y.data(), x.data(), count, depth, T(radius)}; }
+  Cells<T> cells() const { return {rows, id.data(), y.data(), x.data(), count, depth, T(radius)}; }
   // The rows behind the last one that may be in reach of a column before `end`.
   int64_t stop(int64_t end) const {
     return radius < 0 ? count : std::min(count, ((end - 1) / width + radius + 1) * width);
   }
   int64_t count, depth, width, radius;
-  Buffer<T> rows, id, y, x;
+  Buffer<T> memory, id, y, x;
+  PairRows<T> rows;
 };
 
 // Adds the losses of positive and of negative pairs to sums[2]. Pairs are symmetric: a chunk of columns meets the rows
@@ -136,16 +138,16 @@ struct Image {
 // them.
 template <class T>
 static void add_image(const Image<T>& image, Kind kind, const T* weights, double* sums, T* gradient) {
-  const int64_t n = image.count, d = image.depth, ld = pair_stride(d), bands = ceil_div(n, kPairRows);
+  const int64_t n = image.count, d = image.depth, bands = ceil_div(n, kPairRows);
   const Cells<T> cells = image.cells();
-  Buffer<T> strips(d * kPairColumns), kept(weights ? n * kPairLine : 0), rows(weights ? n * ld : 0);
+  Buffer<T> strips(d * kPairColumns), kept(weights ? n * kPairLine : 0), added(weights ? pair_size(n, d) : 0);
   Buffer<double> parts(2 * bands);
-  std::fill_n(rows.data(), rows.size(), T(0));
+  std::fill_n(added.data(), added.size(), T(0));
+  const PairRows<T> rows{added.data(), n};
   for (int64_t chunk = 0; chunk < n; chunk += kPairColumns) {
     const int64_t width = std::min(kPairColumns, n - chunk), stop = image.stop(chunk + width);
     parallel_for(0, ceil_div(width, kPairStrip), 1, [&](int64_t s, int64_t e) {
-      pack(T{})(cells.rows + (chunk + s * kPairStrip) * ld, (e - s) * kPairStrip, d,
-                strips.data() + s * kPairStrip * d);
+      pack(T{})(cells.rows.from(chunk + s * kPairStrip), (e - s) * kPairStrip, d, strips.data() + s * kPairStrip * d);
     });
     parallel_for(chunk / kPairRows, ceil_div(stop, kPairRows), 1, [&](int64_t b, int64_t e) {
       Buffer<T> tile(weights ? 0 : kPairRows * kPairLine);
@@ -159,12 +161,11 @@ static void add_image(const Image<T>& image, Kind kind, const T* weights, double
       for (int64_t i = 0; i < 2; ++i) sums[i] += (b * kPairRows < chunk + width ? 1. : 2.) * parts[2 * b + i];
     if (!weights) continue;
     for_products(d, [&](int64_t feature, int64_t end, int64_t part, int64_t of) {
-      chunk_gradient(T{})(cells, chunk, width, stop, feature, end, part, of, kept.data(), rows.data());
+      chunk_gradient(T{})(cells, chunk, width, stop, feature, end, part, of, kept.data(), rows);
     });
   }
-  parallel_for(0, weights ? ceil_div(n, kPairStrip) : 0, 1, [&](int64_t s, int64_t e) {
-    cell_columns(T{})(rows.data(), n, d, s * kPairStrip, e * kPairStrip, gradient);
-  });
+  parallel_for(0, weights ? ceil_div(n, kPairStrip) : 0, 1,
+               [&](int64_t s, int64_t e) { cell_columns(T{})(rows, n, d, s * kPairStrip, e * kPairStrip, gradient); });
 }
 
 // The loss, and with `differentiate` its gradient, which costs less beside the loss than in a pass of its own.

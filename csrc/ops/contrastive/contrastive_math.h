@@ -5,10 +5,11 @@
 namespace wsss {
 namespace contrastive {
 
-// Both sides in the padded layout of pairs.h. `id` numbers the labels; equal numbers are positives.
+// `id` numbers the labels; equal numbers are positives.
 template <class T>
 struct Pairs {
-  const T *x, *y, *id;
+  PairRows<const T> x, y;
+  const T* id;
   int64_t count, depth;
   T inverse_temperature;
 };

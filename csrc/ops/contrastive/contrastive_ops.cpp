@@ -25,14 +25,16 @@ WSSS_PICK(finish)
 constexpr int64_t kGroups = 32;  // shares of the rows' statistics; fixed, so that their sum is
 constexpr int64_t kUnitGrain = 256;
 
-// One side of the pairs: normalised rows in the padded layout, and the norms.
+// One side of the pairs: normalised rows and their norms.
 template <class T>
 struct Side {
-  Side(const T* x, int64_t count, int64_t depth) : rows(pair_padded(count) * pair_stride(depth)), norm(count) {
-    parallel_for(0, pair_padded(count), kUnitGrain,
-                 [&](int64_t b, int64_t e) { unit(T{})(x, b, e, count, depth, rows.data(), norm.data()); });
+  Side(const T* x, int64_t count, int64_t depth)
+      : memory(pair_size(pair_padded(count), depth)), norm(count), rows{memory.data(), pair_padded(count)} {
+    parallel_for(0, rows.rows, kUnitGrain,
+                 [&](int64_t b, int64_t e) { unit(T{})(x, b, e, count, depth, rows, norm.data()); });
   }
-  Buffer<T> rows, norm;
+  Buffer<T> memory, norm;
+  PairRows<T> rows;
 };
 
 // Labels as numbers 0, 1, ... and how many anchors have each.
@@ -105,7 +107,7 @@ struct Anchors {
   bool has_positive(int64_t i) const { return classes[0].size[i] > 1; }
   double positives(int64_t i) const { return double(classes[0].size[i] - 1); }
   Pairs<T> pairs(double temperature) const {
-    return {side[0].rows.data(), side[0].rows.data(), classes[0].id.data(), count, depth, T(1. / temperature)};
+    return {side[0].rows, side[0].rows, classes[0].id.data(), count, depth, T(1. / temperature)};
   }
 
   Tensor input;
@@ -164,7 +166,7 @@ static double supcon_gradient(const Anchors<T>& anchors, double temperature, dou
   T* dx = compact.size() ? compact.data() : dz;
   const auto kernel = supcon_backward(T{});
   parallel_for(0, padded / block, 1, [&](int64_t b, int64_t e) {
-    Buffer<T> strips(d * block), tile(kPairRows * block), sums(pair_round(d) * block), row(d);
+    Buffer<T> strips(d * block), tile(kPairRows * block), sums(pair_size(block, d)), row(d);
     for (int64_t i = b; i < e; ++i)
       kernel(anchors.pairs(temperature), i * block, block, weights, factor, anchors.side[0].norm.data(), strips.data(),
              tile.data(), sums.data(), row.data(), dx, along.data());
@@ -202,7 +204,7 @@ struct Batch {
         b(in<T>(torch::stable::contiguous(y)), count, depth),
         classes(in<int64_t>(torch::stable::contiguous(label)), all_of(count)) {}
   Pairs<T> pairs(double temperature) const {
-    return {a.rows.data(), b.rows.data(), classes.id.data(), count, depth, T(1. / temperature)};
+    return {a.rows, b.rows, classes.id.data(), count, depth, T(1. / temperature)};
   }
   int64_t count, depth;
   Side<T> a, b;
@@ -261,8 +263,9 @@ static std::tuple<Tensor, Tensor> infonce_fwd(const Tensor& x, const Tensor& y, 
 
 // One pass over chunks of x: their weights against all of y are kept for the chunk, and serve both gradients.
 template <class T>
-static void infonce_gradients(const Batch<T>& batch, double temperature, const T* stats, Buffer<T>& dx, Buffer<T>& dy) {
-  const int64_t n = batch.count, d = batch.depth, ld = pair_stride(d), padded = pair_padded(n);
+static void infonce_gradients(const Batch<T>& batch, double temperature, const T* stats, const PairRows<T>& dx,
+                              const PairRows<T>& dy) {
+  const int64_t n = batch.count, d = batch.depth, padded = pair_padded(n);
   Buffer<T> a(3 * padded), b(3 * padded), strips(d * kPairColumns), weights((pair_round(n) + kPairStrip) * kPairLine);
   for (int64_t i = 0; i < padded; ++i) {
     const bool used = i < n;
@@ -276,7 +279,7 @@ static void infonce_gradients(const Batch<T>& batch, double temperature, const T
   for (int64_t chunk = 0; chunk < n; chunk += kPairColumns) {
     const int64_t width = std::min(kPairColumns, n - chunk);
     parallel_for(0, ceil_div(width, kPairStrip), 1, [&](int64_t s, int64_t e) {
-      pack(T{})(pairs.x + (chunk + s * kPairStrip) * ld, (e - s) * kPairStrip, d, strips.data() + s * kPairStrip * d);
+      pack(T{})(pairs.x.from(chunk + s * kPairStrip), (e - s) * kPairStrip, d, strips.data() + s * kPairStrip * d);
     });
     parallel_for(0, ceil_div(n, kPairRows), 1, [&](int64_t t, int64_t e) {
       for (int64_t j = t * kPairRows; j < std::min(n, e * kPairRows); j += kPairRows)
@@ -284,7 +287,7 @@ static void infonce_gradients(const Batch<T>& batch, double temperature, const T
                              weights.data() + j * kPairLine);
     });
     for_products(d, [&](int64_t feature, int64_t end, int64_t part, int64_t parts) {
-      infonce_products(T{})(pairs, chunk, width, feature, end, part, parts, weights.data(), dx.data(), dy.data());
+      infonce_products(T{})(pairs, chunk, width, feature, end, part, parts, weights.data(), dx, dy);
     });
   }
 }
@@ -302,13 +305,14 @@ static std::tuple<Tensor, Tensor, Tensor> infonce_bwd(const Tensor& x, const Ten
     if (n == 0) return;
     WSSS_CHECK(stats.numel() == 4 * n, "infonce_bwd: stats of the forward pass expected");
     const Batch<T> batch(x, y, label);
-    Buffer<T> dx(pair_padded(n) * pair_stride(d)), dy(dx.size());
+    Buffer<T> sums(2 * pair_size(pair_padded(n), d));
+    const PairRows<T> dx{sums.data(), pair_padded(n)}, dy{sums.data() + sums.size() / 2, pair_padded(n)};
     Buffer<double> along(n);
     infonce_gradients(batch, tau, in<T>(torch::stable::contiguous(stats)), dx, dy);
     const double factor = value<T>(grad) / (2. * tau) / (mean ? double(n) : 1.);
     parallel_for(0, n, kUnitGrain, [&](int64_t b, int64_t e) {
-      finish(T{})(batch.a.rows.data(), dx.data(), b, e, d, factor, batch.a.norm.data(), out<T>(da), along.data());
-      finish(T{})(batch.b.rows.data(), dy.data(), b, e, d, factor, batch.b.norm.data(), out<T>(db), nullptr);
+      finish(T{})(batch.a.rows, dx, b, e, d, factor, batch.a.norm.data(), out<T>(da), along.data());
+      finish(T{})(batch.b.rows, dy, b, e, d, factor, batch.b.norm.data(), out<T>(db), nullptr);
     });
     *out<double>(dtau) = -std::accumulate(along.data(), along.data() + n, 0.) / tau;
   });

@@ -32,12 +32,11 @@ WSSS_PAIR_MATH T semantic_square(T unit_x, T unit_y, T cosine) {
   return d < T(1e-12) ? T(1e-12) : d;
 }
 
-// Arguments of the passes. x and y: centred [mu, sigma]; sx and sy: normalised semantic rows; all in the layout of
-// pairs.h.
+// Arguments of the passes. x and y: centred [mu, sigma]; sx and sy: normalised semantic rows.
 template <class T>
 struct Sides {
-  const T *x, *y, *norm_x, *norm_y;
-  const T *sx, *sy, *unit_x, *unit_y;
+  PairRows<const T> x, y, sx, sy;
+  const T *norm_x, *norm_y, *unit_x, *unit_y;
   int64_t rows, columns, depth, semantic_depth;
 };
 

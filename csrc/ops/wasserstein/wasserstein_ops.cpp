@@ -45,27 +45,35 @@ struct Side {
   Tensor sem, mu, sigma;
 };
 
-// A side in the layout of the kernels.
+// [mu, sigma] and semantic features of `count` rows in the layout of the kernels.
+template <class T>
+struct Features {
+  Features(const Side& side, int64_t count)
+      : gaussians(pair_size(count, 2 * side.depth())),
+        semantics(pair_size(count, side.semantic_depth())),
+        rows{gaussians.data(), count},
+        semantic{semantics.data(), count} {}
+  Buffer<T> gaussians, semantics;
+  PairRows<T> rows, semantic;
+};
+
+// A side as the kernels read it.
 template <class T>
 struct Prepared {
   Prepared(const Side& side, const double* centre)
-      : count(side.count()),
-        rows(padded() * pair_stride(2 * side.depth())),
-        norm(padded()),
-        semantic(side.semantic_depth() ? padded() * pair_stride(side.semantic_depth()) : 0),
-        length(padded()),
-        unit_length(padded()) {
+      : count(side.count()), features(side, padded()), norm(padded()), length(padded()), unit_length(padded()) {
     parallel_for(0, padded() / kPairStrip, 1, [&](int64_t b, int64_t e) {
       b *= kPairStrip, e *= kPairStrip;
-      centred(T{})(in<T>(side.mu), in<T>(side.sigma), b, e, count, side.depth(), centre, rows.data(), norm.data());
-      if (!semantic.size()) return;
-      unit(T{})(in<T>(side.sem), b, e, count, side.semantic_depth(), semantic.data(), length.data());
+      centred(T{})(in<T>(side.mu), in<T>(side.sigma), b, e, count, side.depth(), centre, features.rows, norm.data());
+      if (!side.semantic_depth()) return;
+      unit(T{})(in<T>(side.sem), b, e, count, side.semantic_depth(), features.semantic, length.data());
       for (int64_t i = b; i < e; ++i) unit_length[i] = i < count && length[i] != T(0) ? T(1) : T(0);
     });
   }
   int64_t padded() const { return pair_padded(count); }
   int64_t count;
-  Buffer<T> rows, norm, semantic, length, unit_length;
+  Features<T> features;
+  Buffer<T> norm, length, unit_length;
 };
 
 template <class T>
@@ -89,9 +97,9 @@ template <class T>
 struct Problem {
   Problem(const Side& a, const Side& b) : Problem(a, b, centre_of<T>(a, b)) {}
   Problem(const Side& a, const Side& b, const Buffer<double>& centre) : x(a, centre.data()), y(b, centre.data()) {
-    sides = {x.rows.data(),     y.rows.data(),     x.norm.data(),        y.norm.data(),
-             x.semantic.data(), y.semantic.data(), x.unit_length.data(), y.unit_length.data(),
-             x.count,           y.count,           2 * a.depth(),        a.semantic_depth()};
+    sides = {x.features.rows, y.features.rows, x.features.semantic,  y.features.semantic,
+             x.norm.data(),   y.norm.data(),   x.unit_length.data(), y.unit_length.data(),
+             x.count,         y.count,         2 * a.depth(),        a.semantic_depth()};
   }
   int64_t total_depth() const { return sides.depth + sides.semantic_depth; }
   Prepared<T> x, y;
@@ -153,30 +161,28 @@ static std::tuple<Tensor, Tensor> uncertainty_fwd(const Tensor& sem_x, const Ten
   return {pairwise_matrix("uncertainty_similarity", x, y, &constants, kept), kept};
 }
 
-// The gradient of one side, and the sums that it is made from: weighted sums of the other side's rows in the padded
-// layout.
+// The gradient of one side, and the sums that it is made from: weighted sums of the other side's rows.
 template <class T>
 struct Gradient {
   Gradient(const Side& side, int64_t padded)
       : sem(new_empty(side.sem, Size{side.count(), side.semantic_depth()})),
         mu(new_empty(side.mu, Size{side.count(), side.depth()})),
         sigma(new_empty(side.mu, Size{side.count(), side.depth()})),
-        rows(padded * pair_stride(2 * side.depth())),
-        semantic(side.semantic_depth() ? padded * pair_stride(side.semantic_depth()) : 0),
+        sums(side, padded),
         weight(padded) {}
   // `prepared` rows [from, from + count) lie at `first` in the sums.
   void finish(const Prepared<T>& prepared, const Side& side, int64_t from, int64_t count, double factor) {
     const int64_t d = side.depth(), ds = side.semantic_depth();
     parallel_for(0, count, kGrain, [&](int64_t b, int64_t e) {
-      finish_gaussians(T{})(prepared.rows.data() + from * pair_stride(2 * d), rows.data(), weight.data(), b, e, d,
-                            factor, out<T>(mu) + from * d, out<T>(sigma) + from * d);
+      finish_gaussians(T{})(prepared.features.rows.from(from), sums.rows, weight.data(), b, e, d, factor,
+                            out<T>(mu) + from * d, out<T>(sigma) + from * d);
       if (ds)
-        finish_semantic(T{})(prepared.semantic.data() + from * pair_stride(ds), semantic.data(), b, e, ds, factor,
+        finish_semantic(T{})(prepared.features.semantic.from(from), sums.semantic, b, e, ds, factor,
                              prepared.length.data() + from, out<T>(sem) + from * ds);
     });
   }
   Tensor sem, mu, sigma;
-  Buffer<T> rows, semantic;
+  Features<T> sums;
   Buffer<double> weight;
 };
 
@@ -202,7 +208,7 @@ static std::vector<double> gradients(const Problem<T>& problem, const Constants<
                                      const T* kept, const Softmax<T>& rows, const Softmax<T>& columns, const Side& y,
                                      double factor, Gradient<T>& dx, Gradient<T>& dy) {
   const Sides<T>& s = problem.sides;
-  const int64_t ld = pair_stride(s.depth), lds = pair_stride(s.semantic_depth), bands = ceil_div(s.rows, kPairRows);
+  const int64_t bands = ceil_div(s.rows, kPairRows);
   const int64_t weights = bands * kPairRows * kPairLine;
   const bool recompute = target != Target::kDistance && !kept;
   Buffer<T> strips(recompute ? problem.total_depth() * kPairColumns : 0), alpha(weights),
@@ -213,8 +219,8 @@ static std::vector<double> gradients(const Problem<T>& problem, const Constants<
     const int64_t width = std::min(kPairColumns, s.columns - chunk);
     parallel_for(0, recompute ? ceil_div(width, kPairStrip) : 0, 1, [&](int64_t b, int64_t e) {
       const int64_t first = b * kPairStrip, many = (e - b) * kPairStrip;
-      pack(T{})(s.y + (chunk + first) * ld, many, s.depth, strips.data() + first * s.depth);
-      pack(T{})(s.sy + (chunk + first) * lds, many, s.semantic_depth,
+      pack(T{})(s.y.from(chunk + first), many, s.depth, strips.data() + first * s.depth);
+      pack(T{})(s.sy.from(chunk + first), many, s.semantic_depth,
                 strips.data() + s.depth * kPairColumns + first * s.semantic_depth);
     });
     parallel_for(0, bands, 1, [&](int64_t b, int64_t e) {
@@ -226,12 +232,12 @@ static std::vector<double> gradients(const Problem<T>& problem, const Constants<
       }
     });
     for_products(s.depth, [&](int64_t feature, int64_t end, int64_t part, int64_t parts) {
-      gradient_products(T{})(s, chunk, width, false, feature, end, part, parts, alpha.data(), dx.rows.data(),
-                             dy.rows.data());
+      gradient_products(T{})(s, chunk, width, false, feature, end, part, parts, alpha.data(), dx.sums.rows,
+                             dy.sums.rows);
     });
     for_products(s.semantic_depth, [&](int64_t feature, int64_t end, int64_t part, int64_t parts) {
-      gradient_products(T{})(s, chunk, width, true, feature, end, part, parts, beta.data(), dx.semantic.data(),
-                             dy.semantic.data());
+      gradient_products(T{})(s, chunk, width, true, feature, end, part, parts, beta.data(), dx.sums.semantic,
+                             dy.sums.semantic);
     });
     parallel_for(0, ceil_div(width, kPairStrip), 1, [&](int64_t b, int64_t e) {
       column_sums(T{})(alpha.data(), s.rows, b * kPairStrip, std::min(width, e * kPairStrip), dy.weight.data());
