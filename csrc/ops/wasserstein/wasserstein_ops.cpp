@@ -60,15 +60,13 @@ struct Features {
 // A side as the kernels read it.
 template <class T>
 struct Prepared {
-  Prepared(const Side& side, const double* centre)
-      : count(side.count()), features(side, padded()), norm(padded()), length(padded()), unit_length(padded()) {
-    parallel_for(0, padded() / kPairStrip, 1, [&](int64_t b, int64_t e) {
-      b *= kPairStrip, e *= kPairStrip;
-      centred(T{})(in<T>(side.mu), in<T>(side.sigma), b, e, count, side.depth(), centre, features.rows, norm.data());
-      if (!side.semantic_depth()) return;
-      unit(T{})(in<T>(side.sem), b, e, count, side.semantic_depth(), features.semantic, length.data());
-      for (int64_t i = b; i < e; ++i) unit_length[i] = i < count && length[i] != T(0) ? T(1) : T(0);
-    });
+  explicit Prepared(const Side& side)
+      : count(side.count()), features(side, padded()), norm(padded()), length(padded()), unit_length(padded()) {}
+  void fill(const Side& side, const T* centre, int64_t b, int64_t e) {
+    centred(T{})(in<T>(side.mu), in<T>(side.sigma), b, e, count, side.depth(), centre, features.rows, norm.data());
+    if (!side.semantic_depth()) return;
+    unit(T{})(in<T>(side.sem), b, e, count, side.semantic_depth(), features.semantic, length.data());
+    for (int64_t i = b; i < e; ++i) unit_length[i] = i < count && length[i] != T(0) ? T(1) : T(0);
   }
   int64_t padded() const { return pair_padded(count); }
   int64_t count;
@@ -76,18 +74,21 @@ struct Prepared {
   Buffer<T> norm, length, unit_length;
 };
 
+// The mean of both sides' rows [mu, sigma].
 template <class T>
-static Buffer<double> centre_of(const Side& x, const Side& y) {
+static Buffer<T> centre_of(const Side& x, const Side& y) {
   const int64_t d = x.depth();
-  Buffer<double> centre(2 * d);
+  Buffer<double> total(2 * d);
+  Buffer<T> centre(2 * d);
   parallel_for(0, ceil_div(d, kGrain), 1, [&](int64_t b, int64_t e) {
     b *= kGrain, e = std::min(d, e * kGrain);
     for (int64_t c = 0; c < 2; ++c) {
-      double* sums = centre.data() + c * d;
+      double* sums = total.data() + c * d;
       for (int64_t k = b; k < e; ++k) sums[k] = 0.;
       add_rows(T{})(in<T>(c ? x.sigma : x.mu), x.count(), d, b, e, sums);
       add_rows(T{})(in<T>(c ? y.sigma : y.mu), y.count(), d, b, e, sums);
-      for (int64_t k = b; k < e; ++k) sums[k] /= double(std::max<int64_t>(1, x.count() + y.count()));
+      for (int64_t k = b; k < e; ++k)
+        centre[c * d + k] = T(sums[k] / double(std::max<int64_t>(1, x.count() + y.count())));
     }
   });
   return centre;
@@ -95,8 +96,14 @@ static Buffer<double> centre_of(const Side& x, const Side& y) {
 
 template <class T>
 struct Problem {
-  Problem(const Side& a, const Side& b) : Problem(a, b, centre_of<T>(a, b)) {}
-  Problem(const Side& a, const Side& b, const Buffer<double>& centre) : x(a, centre.data()), y(b, centre.data()) {
+  Problem(const Side& a, const Side& b) : x(a), y(b) {
+    const Buffer<T> centre = centre_of<T>(a, b);
+    const int64_t strips = x.padded() / kPairStrip;
+    parallel_for(0, strips + y.padded() / kPairStrip, 1, [&](int64_t from, int64_t to) {
+      if (from < strips) x.fill(a, centre.data(), from * kPairStrip, std::min(strips, to) * kPairStrip);
+      if (to > strips)
+        y.fill(b, centre.data(), std::max<int64_t>(0, from - strips) * kPairStrip, (to - strips) * kPairStrip);
+    });
     sides = {x.features.rows, y.features.rows, x.features.semantic,  y.features.semantic,
              x.norm.data(),   y.norm.data(),   x.unit_length.data(), y.unit_length.data(),
              x.count,         y.count,         2 * a.depth(),        a.semantic_depth()};
