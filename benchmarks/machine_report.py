@@ -26,7 +26,7 @@ from wsss_kernels import registry  # noqa: E402
 from wsss_kernels.bench import Row, exponent, headline, reached, read  # noqa: E402
 from wsss_kernels.bench.sweep import slower_at  # noqa: E402
 
-STEPS = ROOT / "benchmarks/results/end_to_end"
+STEPS = ROOT / "benchmarks/results/end_to_end"  # a folder for each machine
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }
 h1 { font-size: 1.6rem } h2 { font-size: 1.25rem; margin-top: 2.2rem }
@@ -357,7 +357,7 @@ def main(argv: list[str] | None = None) -> int:
     """Exit code 0; 2 for wrong use."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("csv", type=Path, help="a file of `make bench`, or a folder: the newest one in it")
-    parser.add_argument("--end-to-end", type=Path, nargs="*", metavar="FOLDER", help="default: benchmarks/results/end_to_end")
+    parser.add_argument("--end-to-end", type=Path, nargs="*", metavar="FOLDER", help="default: benchmarks/results/end_to_end/<machine>")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/reports")
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="also bench_time.png and bench_memory.png, for the README")
     options = parser.parse_args(argv)
@@ -376,12 +376,9 @@ def main(argv: list[str] | None = None) -> int:
     if absent := [str(folder) for folder in options.end_to_end or () if not folder.is_dir()]:
         parser.error(f"--end-to-end: there is no folder {', '.join(absent)}")
     try:
-        steps = training_steps.read([STEPS] if options.end_to_end is None else options.end_to_end)
+        steps = training_steps.read([STEPS / options.csv.stem] if options.end_to_end is None else options.end_to_end)
     except ValueError as error:
         parser.error(str(error))
-    if options.end_to_end is None:  # the project's own steps, where they ran on such a device
-        device = "cuda" if {"cuda", "triton"} & {row.backend for row in rows} else "cpu"
-        steps = [(name, record) for name, record in steps if record.get("device", "cpu") == device]
     try:
         path = write(rows, steps, options.out, options.csv.stem)
         if options.images:
