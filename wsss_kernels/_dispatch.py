@@ -13,6 +13,7 @@ import contextvars
 import importlib.util
 import inspect
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +33,16 @@ _ENVIRONMENT = os.environ.get("WSSS_KERNELS_BACKEND") or None
 if _ENVIRONMENT not in (None, *BACKENDS):
     raise ValueError(f"WSSS_KERNELS_BACKEND must be one of {', '.join(BACKENDS)}, got {_ENVIRONMENT!r}")
 _requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("wsss_kernels backend", default=_ENVIRONMENT)
+_inside = 0
+"""How many `use_backend` are open in all threads. Only then is the variable read: Dynamo cannot before PyTorch 2.14."""
+_counting = threading.Lock()
+
+
+def requested() -> str | None:
+    """The backend that `use_backend` or the environment asks for."""
+    return _requested.get() if _inside else _ENVIRONMENT
+
+
 _PRETENDING = _native.EMULATED or _native.INTERPRETED or _native.AHEAD
 """Kernels for a GPU take CPU tensors here (tests only)."""
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -76,7 +87,7 @@ class Operator:
 
     def resolve(self, tensors: Sequence[torch.Tensor], backend: str | None = None) -> str:
         """The backend that runs this call."""
-        wanted = backend or _requested.get()
+        wanted = backend or requested()
         if wanted is not None:
             reason = self.reason(wanted, tensors)
             if reason is not None:
@@ -164,14 +175,20 @@ def _device_reason(backend: str, tensor: torch.Tensor) -> str | None:
 def use_backend(name: str | None) -> Iterator[None]:
     """Every operator called inside runs on this backend, or raises with the reason. `None` chooses automatically.
 
-    The setting belongs to the thread (to the task in asyncio); a thread that is started inside does not inherit it.
+    The setting belongs to the thread (to the task in asyncio); a thread that is started inside does not inherit it. Before PyTorch 2.14
+    compiled code has a graph break inside, and `fullgraph=True` is refused.
     """
     if name not in (None, *BACKENDS):
         raise ValueError(f"use_backend: name must be one of {', '.join(BACKENDS)} or None, got {name!r}")
+    global _inside
     before = _requested.set(name)
+    with _counting:
+        _inside += 1
     try:
         yield
     finally:
+        with _counting:
+            _inside -= 1
         _requested.reset(before)
 
 

@@ -62,7 +62,7 @@ def _resolve(tensors: Sequence[Tensor], backend: str | None, dilations: int) -> 
     """The backend of this call. The CUDA kernels get the dilations as an argument, which holds a limited number."""
     chosen = PAR_OP.resolve(tensors, backend)
     if chosen == "cuda" and dilations > _MOST_DILATIONS:
-        if backend or _dispatch._requested.get():
+        if backend or _dispatch.requested():
             raise _dispatch.BackendUnavailable(
                 f"par: backend='cuda' cannot run this call: its kernels take at most {_MOST_DILATIONS} dilations, got {dilations}"
             )
