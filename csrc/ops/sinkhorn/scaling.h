@@ -53,12 +53,11 @@ void run_pass(const Source& source, const MatrixPass<T>& pass, PassSpace<T>& spa
     Buffer<T> weight(std::max<int64_t>(pass.lefts, 1) * 4);
     for (int64_t c = begin; c < end; ++c) {
       T* partial = space.partial.data() + c * stride;
-      std::fill(partial, partial + stride, T(0));
       const int64_t last = std::min(n, (c + 1) * per);
       for (int64_t i = c * per; i < last; i += source.strip()) {
         const int64_t count = std::min(source.strip(), last - i);
         matrix::Kernels<T>::pass(pass, source.rows(i, count, scratch), source.stride(), i, count, weight.data(),
-                                 partial);
+                                 i == c * per, partial);
       }
     }
   });
