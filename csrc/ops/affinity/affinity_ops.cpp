@@ -64,7 +64,7 @@ void affinity_adjoint(const PackedFeatures<T>& packed, const T* grad, const T* v
         const T* at = value + i0 * n + j0;
         g.tile(i0, ni, j0, nj, weight.data(), kOwned);
         g.turned(i0, ni, j0, nj, other.data(), kOwned);
-        K::add(other.data(), kOwned, ni, nj, weight.data(), kOwned);
+        K::add(other.data(), kOwned, kNoMinimum<T>, ni, nj, weight.data(), kOwned);
         if (!cosine) K::sigmoid_adjoint(at, n, ni, nj, scale, weight.data(), kOwned);
         if (minimum) K::clamp_adjoint(at, n, ni, nj, *minimum, weight.data(), kOwned);
         sum.add(weight.data(), kOwned, i0, ni, nj);
@@ -124,9 +124,9 @@ Tensor affinity_deviation_fwd(const Tensor& decoder, const Tensor& encoder, bool
                  [&](int64_t begin, int64_t end) {
                    for (int64_t t = begin; t < end; ++t) {
                      const int64_t map = t / blocks, i = t % blocks * kRows, rows = std::min(kRows, d.n - i);
-                     partial[t] =
-                         affinity::Kernels<T>::deviation(in<T>(a) + (map / d.layers * d.n + i) * d.n, d.n,
-                                                         in<T>(e) + (map * d.n + i) * d.n, d.n, rows, d.n, is_signed);
+                     partial[t] = affinity::Kernels<T>::deviation(in<T>(a) + (map / d.layers * d.n + i) * d.n, d.n,
+                                                                  in<T>(e) + (map * d.n + i) * d.n, d.n, kNoMinimum<T>,
+                                                                  rows, d.n, is_signed);
                    }
                  });
     for (int64_t m = 0; m < maps; ++m) {

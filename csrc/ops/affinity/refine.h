@@ -1,10 +1,22 @@
 // The refining map R = A_f ∘ mean of the selected A_l, in tiles that are recomputed wherever they are needed.
 #pragma once
+#include <limits>
 #include <optional>
 
 #include "ops/affinity/tiles.h"
 
 namespace wsss {
+
+template <class T>
+constexpr T kNoMinimum = -std::numeric_limits<T>::infinity();
+
+// A tile of a matrix in memory, whose entries count as at least `minimum`.
+template <class T>
+struct View {
+  const T* data;
+  int64_t ld;
+  T minimum;
+};
 
 // The candidates of one image: packed features, or maps in memory in any supported dtype with unit stride along rows.
 template <class T>
@@ -20,6 +32,7 @@ struct RefineInput {
 
   int64_t candidates() const { return layers - first; }
   bool symmetric() const { return !encoder.empty(); }
+  bool half_maps() const { return map_type == ScalarType::Half || map_type == ScalarType::BFloat16; }
   // Values of all candidates on and above the diagonal, in tiles [tile][layer][kTile][kTile], if that is little enough
   // to keep them from the deviations to the mean; else 0. Maps are in memory anyway.
   int64_t worth_keeping() const {
@@ -35,13 +48,21 @@ struct RefineInput {
       encoder[size_t(l)].gram(i0, ni, j0, nj, tile, ld);
     } else {
       const int64_t at = (first + l) * layer_stride + i0 * row_stride + j0;
-      if (map_type == ScalarType::Half || map_type == ScalarType::BFloat16)
+      if (half_maps())
         K::widen(static_cast<const uint16_t*>(maps) + at, row_stride, map_type == ScalarType::BFloat16, ni, nj, tile,
                  ld);
       else
         K::copy(static_cast<const T*>(maps) + at, row_stride, ni, nj, tile, ld);
     }
     if (minimum) K::clamp(tile, ld, ni, nj, *minimum);
+  }
+  // The same to be read only: a map of the sums' type in place, else made in `tile`.
+  View<T> view(int64_t l, int64_t i0, int64_t ni, int64_t j0, int64_t nj, T* tile) const {
+    if (!symmetric() && !half_maps())
+      return {static_cast<const T*>(maps) + (first + l) * layer_stride + i0 * row_stride + j0, row_stride,
+              minimum.value_or(kNoMinimum<T>)};
+    candidate(l, i0, ni, j0, nj, tile, kTile);
+    return {tile, kTile, kNoMinimum<T>};
   }
   void decoder_tile(int64_t i0, int64_t ni, int64_t j0, int64_t nj, T* tile, int64_t ld) const {
     decoder->gram(i0, ni, j0, nj, tile, ld);
@@ -69,12 +90,12 @@ void deviations(const RefineInput<T>& in, T* stored, T* kept, T* out) {
         if (stored && i0 != j0) K::copy(turned, kTile, nj, ni, stored + j0 * in.n + i0, in.n);
         for (int64_t l = 0; l < layers; ++l) {
           T* b = kept ? kept + (index * layers + l) * kTile * kTile : s.encoder.data();
-          in.candidate(l, i0, ni, j0, nj, b, kTile);
-          double sum = K::deviation(a, kTile, b, kTile, ni, nj, in.is_signed);
+          const View<T> upper = in.view(l, i0, ni, j0, nj, b);
+          double sum = K::deviation(a, kTile, upper.data, upper.ld, upper.minimum, ni, nj, in.is_signed);
           if (i0 != j0 && in.symmetric()) sum *= 2;
           if (i0 != j0 && !in.symmetric()) {
-            in.candidate(l, j0, nj, i0, ni, b, kTile);
-            sum += K::deviation(turned, kTile, b, kTile, nj, ni, in.is_signed);
+            const View<T> lower = in.view(l, j0, nj, i0, ni, b);
+            sum += K::deviation(turned, kTile, lower.data, lower.ld, lower.minimum, nj, ni, in.is_signed);
           }
           partial[index * layers + l] = sum;
         }
@@ -107,12 +128,15 @@ void refined_tile(const RefineInput<T>& in, const bool* gate, int64_t i0, int64_
   bool first = true;
   for (int64_t l = 0; l < in.candidates(); ++l) {
     if (!gate[l]) continue;
-    const T* tile = kept ? kept + l * kTile * kTile : scratch;
-    if (!kept) in.candidate(l, i0, ni, j0, nj, first ? sum : scratch, first ? ld : kTile);
-    if (!first)
-      K::add(tile, kTile, ni, nj, sum, ld);
-    else if (kept)
-      K::copy(tile, kTile, ni, nj, sum, ld);
+    if (first && kept)
+      K::copy(kept + l * kTile * kTile, kTile, ni, nj, sum, ld);
+    else if (first)
+      in.candidate(l, i0, ni, j0, nj, sum, ld);
+    else {
+      const View<T> more =
+          kept ? View<T>{kept + l * kTile * kTile, kTile, kNoMinimum<T>} : in.view(l, i0, ni, j0, nj, scratch);
+      K::add(more.data, more.ld, more.minimum, ni, nj, sum, ld);
+    }
     first = false;
   }
   if (first)  // no deviation compares (NaN input): 0/0, as in the equation
@@ -243,12 +267,12 @@ class RefineAdjoint {
       if (!matters(l)) continue;
       T* direct = s.direct.data() + l * s.kSize;
       in.candidate(l, i0, ni, j0, nj, direct, kOwned);
-      if (gate[l]) K::add(direct, kOwned, ni, nj, s.mean.data(), kOwned);
+      if (gate[l]) K::add(direct, kOwned, kNoMinimum<T>, ni, nj, s.mean.data(), kOwned);
       if (!maps) continue;
       T* turned = s.turned.data() + l * s.kSize;
       in.candidate(l, j0, nj, i0, ni, s.wide.data(), kTile);
       K::transpose(s.wide.data(), kTile, nj, ni, turned, kOwned);
-      if (gate[l]) K::add(turned, kOwned, ni, nj, s.mean_turned.data(), kOwned);
+      if (gate[l]) K::add(turned, kOwned, kNoMinimum<T>, ni, nj, s.mean_turned.data(), kOwned);
     }
   }
 
