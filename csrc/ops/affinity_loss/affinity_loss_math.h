@@ -7,8 +7,8 @@ namespace affinity_loss {
 
 enum class Kind { kBalanced, kBce };
 
-// One image: features in rows of cells. `label` numbers the classes and is -1 where
-// a cell is void. `y` and `x` are the coordinates of the cells, `radius` is negative where there is no limit.
+// One image: features in rows of cells. `label` numbers the classes and is -1 where a cell is void. `y` and `x` are the
+// coordinates of the cells, `radius` is negative where there is no limit.
 template <class T>
 struct Cells {
   PairRows<const T> rows;
